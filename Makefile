@@ -1,0 +1,27 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv by itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(BIN)/jaxblip demo --out=runs/demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
+
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[openmoji]"
+	touch $@
+
+# torch first and by this version: a bare `torch` would bring gigabytes of CUDA libraries.
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[openmoji,test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs datasets

@@ -1,0 +1,8 @@
+"""BLIP-2 stage 2, EVA-CLIP ViT-g and OPT-6.7B; `:lavis` gives the repository's recipe."""
+
+import recipes
+import sizes
+
+
+def get_config(arg=""):
+    return recipes.stage2(arg, vision=sizes.EVA_VIT_G, language_model=sizes.OPT_6_7B)

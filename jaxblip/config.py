@@ -1,0 +1,304 @@
+"""Experiment configs: the fields with their defaults, and loading them from a file with overrides.
+
+A config file defines `get_config(arg="")`, which starts from `default_config(task)` and sets what
+differs. It is data: importing it downloads nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import runpy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxblip.errors import UserError
+from jaxblip.models.clip import ClipTextConfig
+from jaxblip.models.opt import OptConfig
+from jaxblip.models.qformer import QFormerConfig
+from jaxblip.models.vit import VitConfig
+from jaxblip.tasks import TASKS
+from jaxblip.tasks.parts import model_fields
+
+# Fields that may differ when a run goes on in its work directory: they change no result.
+MAY_CHANGE_ON_RESUME = (
+    "mesh",
+    "data.num_workers",
+    "data.max_bad_share",
+    "log_every_steps",
+    "max_skipped_in_a_row",
+    "checkpoint",
+    "eval",
+)
+
+
+def default_config(task: str) -> ConfigDict:
+    """All fields of a run of `task`, with BLIP-2's values where the paper gives one."""
+    if task not in TASKS:
+        raise UserError(f"There is no task {task!r}: the tasks are {', '.join(TASKS)}.")
+    config = ConfigDict()
+    config.task = task  # what is optimised: clip, language_model, stage1, stage2
+    config.seed = 42  # of initial parameters, data order, augmentation, dropout, negatives
+    config.steps = 250_000  # optimizer steps of the whole run
+    config.batch_size = 1680  # examples a step, over all devices
+    config.compute_dtype = "bfloat16"  # of activations; parameters that train are float32
+    config.frozen_dtype = "bfloat16"  # of parameters that do not train
+    config.frozen = _frozen_parts(task)  # path prefixes of the parameters that do not train
+    config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
+    config.log_every_steps = 50  # steps between two lines of metrics
+
+    config.model = _model(task)
+    config.loss = _loss(task)
+    config.init = _init(task)
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.peak_lr = 1e-4  # learning rate after the warm-up
+    optimizer.min_lr = 1e-5  # learning rate at the last step
+    optimizer.warmup_init_lr = 1e-6  # learning rate at step 0
+    optimizer.warmup_steps = 2000  # steps of linear warm-up
+    optimizer.b1 = 0.9  # AdamW: decay of the first moment
+    optimizer.b2 = 0.98  # AdamW: decay of the second moment
+    optimizer.eps = 1e-8  # AdamW: added to the root of the second moment
+    optimizer.weight_decay = 0.05  # AdamW; biases, norms and scalars are not decayed
+    optimizer.clip_norm = 0.0  # largest global gradient norm; 0 = off, as in the paper
+    optimizer.accumulation_steps = 1  # micro-batches a step; contrast sees one micro-batch
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices that hold copies of the parameters; -1 = the rest
+    mesh.fsdp = 1  # devices that each hold a share of the parameters
+    mesh.tensor = 1  # devices that share the work of each layer
+
+    config.data = data = ConfigDict()
+    data.train = ""  # training source: "shapes:train" or the path of a .jsonl file
+    # Hugging Face name or folder; "" = that of the run in init.language_model or init.qformer, or
+    # else a WordPiece trained on the captions
+    data.tokenizer = ""
+    data.vocab_size = 2048  # largest vocabulary of a tokenizer that is trained here, tokens
+    data.stop_token = ""  # ends a text of the language model ("\n" for OPT); "" = the end token
+    data.max_text_tokens = 32  # text length, tokens, special ones included
+    data.max_words = 50  # words kept of a caption
+    data.prompt = ""  # stands before every caption; in stage 2 its tokens carry no loss
+    data.image_size_px = 224  # side of the square images, pixels
+    data.crop_scale = (0.5, 1.0)  # share of the image's area that a random crop keeps
+    data.crop_aspect = (3 / 4, 4 / 3)  # width over height of a random crop
+    data.flip_probability = 0.5  # share of images that are mirrored
+    data.randaugment = False  # BLIP's RandAugment after the flip
+    data.num_workers = 4  # worker processes that prepare batches; 0 = threads of this process
+    data.max_bad_share = 0.05  # share of bad examples above which the run stops
+    data.max_image_pixels = 100_000_000  # an image with more is a bad example
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 5000  # steps between two checkpoints; the last step has one too
+    checkpoint.keep_last = 2  # newest checkpoints that are kept
+    checkpoint.keep_best = 1  # best checkpoints that are kept beside them
+    checkpoint.best_metric = ""  # evaluation metric that "best" is about; "" = none
+    checkpoint.best_mode = "max"  # "max" or "min"
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.source = ""  # evaluation source, as data.train; "" = no evaluation
+    evaluation.every_steps = 0  # steps between two evaluations; 0 = only at the end
+    evaluation.batch_size = 64  # images or pairs at a time, over all devices
+    evaluation.max_images = 0  # first images of the source that are used; 0 = all
+    if task == "stage1":
+        evaluation.rerank_top_k = 128  # candidates re-scored by ITM, facts of COCO retrieval
+    if task == "stage2":
+        evaluation.num_beams = 5  # beams of beam search; 1 = greedy
+        evaluation.length_penalty = 0.0  # exponent: score / length ** penalty
+        evaluation.max_new_tokens = 30  # longest generated text, tokens
+        evaluation.min_new_tokens = 0  # shortest generated text, tokens
+    return config
+
+
+def _frozen_parts(task: str) -> tuple[str, ...]:
+    return {"stage1": ("vision",), "stage2": ("vision", "language_model")}.get(task, ())
+
+
+def _model(task: str) -> ConfigDict:
+    """Sizes; the fields are those of the config classes in `jaxblip.models`."""
+    model = ConfigDict()
+    if task != "language_model":
+        model.vision = model_fields(VitConfig)
+    if task == "clip":
+        model.text = model_fields(ClipTextConfig, vocab_size=0)
+        model.embed_dim = 512  # width of the contrastive space
+    if task in ("stage1", "stage2"):
+        # vocab_size = 0 stands for the tokenizer's number of entries
+        model.qformer = model_fields(QFormerConfig, vocab_size=0)
+        model.vision_norm_epsilon = 1e-5  # as in LAVIS; the Hugging Face port has 1e-6
+    if task == "stage2":
+        del model.qformer["vocab_size"], model.qformer["max_positions"]  # there is no text side
+    if task == "stage1":
+        model.embed_dim = 256  # width of the contrastive space
+        model.dec_token_id = -1  # token that starts a generated text; -1 = the tokenizer's [DEC]
+    if task in ("language_model", "stage2"):
+        model.language_model = model_fields(OptConfig, vocab_size=0)
+    return model
+
+
+def _loss(task: str) -> ConfigDict:
+    loss = ConfigDict()
+    if task == "clip":
+        loss.label_smoothing = 0.0  # share of the target that is uniform over the batch
+        loss.gradient_to_all = True  # gradient to both sides of each comparison, as CLIP
+    if task == "stage1":
+        loss.itc_weight = 1.0  # weight of the contrastive loss in the sum
+        loss.itm_weight = 1.0  # weight of the matching loss
+        loss.itg_weight = 1.0  # weight of the generation loss
+        loss.itc_label_smoothing = 0.1  # share of the target that is uniform over the batch
+        loss.itg_label_smoothing = 0.1  # share of the target that is uniform over the words
+        loss.gradient_to_all = False  # reference: no gradient through the gathered side
+        loss.use_image_id = True  # captions of one image are never each other's negatives
+    return loss
+
+
+def _init(task: str) -> ConfigDict:
+    """Where parts start from: the work directory of a run, "random", or "" (random if trained)."""
+    init = ConfigDict()
+    if task != "language_model":
+        init.vision = ""  # image encoder
+    if task in ("stage1", "stage2"):
+        init.qformer = ""  # Q-Former and vision norm
+    if task in ("language_model", "stage2"):
+        init.language_model = ""  # language model
+    return init
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, with overrides.
+
+    Args:
+      path: a Python file with `get_config`, or `FILE:ARG` to hand it an argument. It may import
+        its neighbours.
+      overrides: each `config.field=value`, or `config.section.field=value`.
+
+    Raises:
+      UserError: no such file, an unknown field (names the nearest real one), or a value that is
+        not of the field's type.
+    """
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"The config file {file!r} does not exist; the shipped ones are in configs/.")
+    with _neighbours_importable(file):
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError(f"The config file {file!r} defines no function get_config(arg='').")
+        config = get_config(argument)
+    config.lock()
+    apply_overrides(config, overrides)
+    return config
+
+
+def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
+    """The config that `ConfigDict.to_dict` gave and JSON kept, locked."""
+    if saved.get("task") not in TASKS:
+        raise UserError(f"The saved config is of no task that exists: task={saved.get('task')!r}.")
+    config = default_config(saved["task"])
+    config.update(_tuples(saved))
+    return config.lock()
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets fields of a locked config, each given as `config.field=value`."""
+    for override in overrides:
+        _apply_override(config, override)
+
+
+@contextlib.contextmanager
+def _neighbours_importable(file: str) -> Iterator[None]:
+    """Lets a config import the files beside it, without leaving them in the module table.
+
+    Two folders of configs may both have a `common.py`.
+    """
+    folder, before = str(Path(file).resolve().parent), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and Path(origin).resolve().parent == Path(folder):
+                del sys.modules[name]
+
+
+def _apply_override(config: ConfigDict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"The override --{name} has no value: write --{name}=VALUE.")
+    *sections, field = name.removeprefix("config.").split(".")
+    owner = config
+    for section in [*sections, field]:
+        if not isinstance(owner, ConfigDict) or section not in owner:
+            raise UserError(_unknown_field(config, name.removeprefix("config.")))
+        owner, parent = owner[section], owner
+    if isinstance(owner, ConfigDict):
+        raise UserError(
+            f"--{name} is a section; its fields are {', '.join(sorted(owner))}: set one of them."
+        )
+    parent[field] = _parse(name, text, owner)
+
+
+def _parse(name: str, text: str, current: Any) -> Any:
+    """`text` as a value of the type of `current`."""
+    if isinstance(current, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, tuple):
+        # ("a",), a,b and a alone are all tuples on a command line
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",")) if value else ()
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(current):
+        raise UserError(
+            f"--{name}={text} is no {type(current).__name__}, which this field is; "
+            f"its value in the config is {current!r}."
+        )
+    return value
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    names = []
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            names += field_names(value, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _unknown_field(config: ConfigDict, name: str) -> str:
+    known = field_names(config)
+    section, _, field = name.rpartition(".")
+    # People misplace a field more often than they misspell it, and then its section is right.
+    same_field = [other for other in known if other.split(".")[-1] == field]
+    same_section = [other for other in known if section and other.startswith(section + ".")]
+    candidates = same_field or same_section or known
+    nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+    return (
+        f"The config has no field {name!r}; the nearest is --config.{nearest}="
+        f"{_get(config, nearest)!r}."
+    )
+
+
+def _get(config: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config

@@ -1,0 +1,339 @@
+"""The input pipeline: from a source to batches of NumPy arrays, at a position that is one number.
+
+Example k of a run is a function of (source, preprocessing, seed, k) alone, its augmentation
+included. So a run goes on at `start_example` with any number of workers, any number of processes
+and any batch size, and sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int, UInt8
+
+from jaxblip.data import images
+from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample, Source
+from jaxblip.data.text import clean_caption
+from jaxblip.data.tokenizers import TextEncoder
+from jaxblip.errors import RunStopped
+
+FIELDS = ("image", "text_ids", "text_mask", "image_id", "prompt_length")
+
+_COUNTED = SKIP_REASONS + CONVERSIONS
+# Examples to examine before their share of bad ones says anything (or the whole set, if smaller).
+_MIN_EXAMINED = 100
+# Bad examples in a row after which no good one is looked for any more.
+_MAX_TRIES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """One example and a generator into the arrays that a task wants; picklable.
+
+    Attributes:
+      fields: which of FIELDS to make; without "image" no image is decoded.
+      image_size_px: side of the images: uint8 [size, size, 3].
+      encoder: texts to ids; needed for "text_ids", "text_mask" and "prompt_length".
+      prompt: stands before every caption, as it is (see `clean_caption`).
+      max_words: of a caption, without the prompt.
+      crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
+      flip_probability: of mirroring; must be 0 where captions speak of left and right.
+      randaugment: whether to add BLIP's RandAugment.
+      max_image_pixels: an image with more is a bad sample.
+    """
+
+    fields: tuple[str, ...]
+    image_size_px: int = 224
+    encoder: TextEncoder | None = None
+    prompt: str = ""
+    max_words: int = 50
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
+    randaugment: bool = False
+    max_image_pixels: int = 100_000_000
+
+    def __post_init__(self):
+        unknown = set(self.fields) - set(FIELDS)
+        if unknown:
+            raise ValueError(f"unknown batch fields {sorted(unknown)}; known are {FIELDS}")
+        if self.encoder is None and set(self.fields) & {"text_ids", "text_mask", "prompt_length"}:
+            raise ValueError(f"fields {self.fields} need an encoder for the text")
+
+    def __call__(
+        self, example: dict[str, Any], rng: np.random.Generator, conversions: Counter
+    ) -> dict[str, np.ndarray]:
+        """Arrays of one example, without a batch axis; adds to `conversions`.
+
+        Raises:
+          BadSample: no caption has a word, or the image cannot be decoded.
+        """
+        caption = self._caption(example["captions"], rng)
+        arrays = {}
+        if "text_ids" in self.fields or "text_mask" in self.fields:
+            ids, mask = self.encoder([caption])
+            arrays |= {"text_ids": ids[0], "text_mask": mask[0]}
+        if "prompt_length" in self.fields:
+            arrays["prompt_length"] = np.int32(self.encoder.prompt_length(self.prompt))
+        if "image_id" in self.fields:
+            arrays["image_id"] = np.int32(example["image_id"])
+        if "image" in self.fields:
+            arrays["image"] = self._image(example["image"], rng, conversions)
+        return {field: arrays[field] for field in self.fields}
+
+    def _caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
+        first = int(rng.integers(len(captions)))
+        for offset in range(len(captions)):
+            text = clean_caption(captions[(first + offset) % len(captions)], self.max_words)
+            if text:
+                return self.prompt + text
+        raise BadSample("empty caption", f"captions {list(captions)}")
+
+    def _image(
+        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
+    ) -> np.ndarray:
+        if isinstance(image, bytes):
+            image = images.decode_image(image, self.max_image_pixels, conversions)
+        image = images.random_resized_crop(
+            image, rng, self.image_size_px, self.crop_scale, self.crop_aspect
+        )
+        image = images.random_flip(image, rng, self.flip_probability)
+        return images.randaugment(image, rng) if self.randaugment else image
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadExample:
+    """Index to example; a bad one is counted, and another drawn in its place.
+
+    The replacement is drawn from the example's own generator, not the next one of the source:
+    where a whole folder is missing, that would count the rest of it each time one of its images
+    comes up, and show the first image behind it again and again. Nothing about the data may raise
+    here, because it would end the worker.
+    """
+
+    source: Source
+    preprocess: Preprocess
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        counts = Counter()
+        first_bad = ""
+        for _ in range(_MAX_TRIES):
+            conversions = Counter()
+            try:
+                arrays = self.preprocess(self.source[index], rng, conversions)
+            except BadSample as bad:
+                counts[bad.reason] += 1
+                first_bad = first_bad or f"{bad.reason} ({bad.detail})"
+                index = int(rng.integers(len(self.source)))
+                continue
+            return {"arrays": arrays, "counts": counts + conversions, "first_bad": first_bad}
+        return {"arrays": None, "counts": counts, "first_bad": first_bad}
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batches what `_LoadExample` gives; `arrays` is None where no good example was found."""
+    counts = sum((example["counts"] for example in examples), Counter())
+    arrays = [example["arrays"] for example in examples]
+    found = all(a is not None for a in arrays)
+    return {
+        "arrays": {k: np.stack([a[k] for a in arrays]) for k in arrays[0]} if found else None,
+        "counts": np.array([counts[name] for name in _COUNTED], np.int64),
+        "first_bad": next((e["first_bad"] for e in examples if e["first_bad"]), ""),
+    }
+
+
+class TrainBatches(Iterator[dict[str, np.ndarray]]):
+    """Endless shuffled batches of this process, `{field: [batch_size / process_count, ...]}`.
+
+    Every epoch has an order of its own. Of each global batch, process p of P takes every P-th
+    example from p on. Bad samples are replaced and counted. Use as a context manager, or call
+    `close()`: workers and threads end with it.
+
+    Args:
+      source: examples, see `samples.Source`.
+      preprocess: what to make of each.
+      batch_size: over all processes; a multiple of `process_count`.
+      seed: of order and augmentation.
+      process_index, process_count: this process among those that train together.
+      start_example: global number of examples consumed before; where to go on.
+      num_workers: worker processes; 0 for threads in this one.
+      max_bad_share: bad among examined examples, above which the run stops.
+      prefetch: batches made ahead (by each worker).
+      counters: `state()` of the run that goes on, so that its counts do too.
+
+    Raises:
+      RunStopped: from `next`, when too many examples are bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Preprocess,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_example: int = 0,
+        num_workers: int = 0,
+        max_bad_share: float = 0.05,
+        prefetch: int = 2,
+        counters: dict[str, Any] | None = None,
+    ):
+        if batch_size % process_count:
+            raise ValueError(f"{process_count} processes do not divide batch_size={batch_size}")
+        counters = counters or {}
+        self.examples_seen = start_example
+        self.examined = int(counters.get("examined", 0))
+        self.skipped = Counter(counters.get("skipped", {}))
+        self.converted = Counter(counters.get("converted", {}))
+        self._batch_size = batch_size
+        self._rows = batch_size // process_count
+        self._max_bad_share = max_bad_share
+        self._min_examined = min(_MIN_EXAMINED, len(source))
+        if "image" not in preprocess.fields and hasattr(source, "without_images"):
+            source = source.without_images()
+        dataset = (
+            grain.MapDataset.range(len(source))
+            .seed(seed)
+            .shuffle()
+            .repeat()
+            # Before any slice: the generator of an example follows from its global index.
+            .random_map(_LoadExample(source, preprocess))[start_example:]
+        )
+        dataset = (
+            dataset[process_index::process_count]
+            .batch(self._rows, drop_remainder=True, batch_fn=_stack)
+            .to_iter_dataset(
+                grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+            )
+        )
+        if num_workers:
+            # Grain's workers read absl flags, which only absl's own `app.run` parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=num_workers, per_worker_buffer_size=prefetch
+                )
+            )
+        self._iterator = iter(dataset)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        counts = dict(zip(_COUNTED, batch["counts"].tolist()))
+        self.skipped.update({name: counts[name] for name in SKIP_REASONS if counts[name]})
+        self.converted.update({name: counts[name] for name in CONVERSIONS if counts[name]})
+        self.examined += self._rows + sum(counts[name] for name in SKIP_REASONS)
+        self._stop_if_too_many_are_bad(batch)
+        self.examples_seen += self._batch_size
+        # Plain arrays, since those of workers lie in shared memory that Grain frees late.
+        return {field: np.array(rows) for field, rows in batch["arrays"].items()}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: `start_example=state["examples_seen"], counters=state` goes on from here.
+
+        `examples_seen` is global, the counters are of this process.
+        """
+        return {
+            "examples_seen": self.examples_seen,
+            "examined": self.examined,
+            "skipped": dict(self.skipped),
+            "converted": dict(self.converted),
+        }
+
+    def close(self) -> None:
+        self._iterator.close()
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
+        bad = self.skipped.total()
+        none_found = batch["arrays"] is None
+        judged = self.examined >= self._min_examined and bad > self._max_bad_share * self.examined
+        if not (none_found or judged):
+            return
+        reasons = ", ".join(f"{name} {count}" for name, count in self.skipped.most_common())
+        first = f"; one of them: {batch['first_bad']}" if batch["first_bad"] else ""
+        what = (
+            f"none of {_MAX_TRIES} in a row could be used"
+            if none_found
+            else f"above data.max_bad_share={self._max_bad_share:g}"
+        )
+        raise RunStopped(
+            f"{bad} of {self.examined} examples ({bad / self.examined:.1%}) were bad: {reasons}, "
+            f"{what}{first}; fix the data or raise data.max_bad_share"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """A whole evaluation set in memory, one entry a distinct image.
+
+    Attributes:
+      images: as evaluation sees them (`images.resize_square`).
+      captions: of each image, cleaned, without duplicates, from every example that shows it.
+      image_ids: of the source.
+      skipped: reason -> number of examples left out.
+      converted: conversion -> number of images.
+    """
+
+    images: UInt8[np.ndarray, "images size size 3"]
+    captions: list[list[str]]
+    image_ids: Int[np.ndarray, "images"]
+    skipped: Counter
+    converted: Counter
+
+
+def iterate_eval_images(
+    source: Source, image_size_px: int, max_pixels: int, max_words: int, max_images: int = 0
+) -> EvalSet:
+    """Reads a source once, in order; bad examples are left out and counted.
+
+    Args:
+      max_images: the first so many distinct images, with the captions met until then; 0 for all.
+
+    Raises:
+      RunStopped: no example could be used.
+    """
+    skipped, conversions = Counter(), Counter()
+    pixels: dict[int, np.ndarray] = {}
+    captions: dict[int, dict[str, None]] = {}  # a dict, because it keeps its order
+    for index in range(len(source)):
+        if max_images and len(pixels) == max_images:
+            break
+        try:
+            example = source[index]
+            image_id, image = example["image_id"], example["image"]
+            cleaned = [clean_caption(caption, max_words) for caption in example["captions"]]
+            cleaned = [caption for caption in cleaned if caption]
+            if not cleaned:
+                raise BadSample("empty caption")
+            if image_id not in pixels:
+                if isinstance(image, bytes):
+                    image = images.decode_image(image, max_pixels, conversions)
+                pixels[image_id] = images.resize_square(image, image_size_px)
+        except BadSample as bad:
+            skipped[bad.reason] += 1
+            continue
+        captions.setdefault(image_id, {}).update(dict.fromkeys(cleaned))
+    if not pixels:
+        reasons = ", ".join(f"{name} {count}" for name, count in skipped.most_common())
+        raise RunStopped(f"none of {len(source)} examples can be evaluated: {reasons}; fix them")
+    return EvalSet(
+        images=np.stack(list(pixels.values())),
+        captions=[list(captions[image_id]) for image_id in pixels],
+        image_ids=np.array(list(pixels), np.int64),
+        skipped=skipped,
+        converted=conversions,
+    )

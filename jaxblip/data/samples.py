@@ -1,0 +1,48 @@
+"""What a source hands over, and how a sample that cannot be used is named and counted."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+SKIP_REASONS = (
+    "missing image",
+    "zero-size image",
+    "corrupt image",
+    "truncated image",
+    "gigantic image",
+    "unsupported image",
+    "empty caption",
+)
+CONVERSIONS = (
+    "converted CMYK",
+    "converted 16-bit",
+    "converted palette",
+    "converted alpha",
+    "converted grayscale",
+    "converted colour space",
+    "rotated by EXIF",
+    "first frame of animation",
+)
+
+
+class BadSample(Exception):
+    """One sample cannot be used: `reason` is one of SKIP_REASONS, `detail` says which and why."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Source(Protocol):
+    """Random access to examples; small when pickled, because every worker gets a copy.
+
+    An example is `{"image": bytes | uint8 [H, W, 3], "captions": [str, ...], "image_id": int}`.
+    Examples with the same `image_id` show the same picture. `__getitem__` raises `BadSample` for
+    an example that cannot be read. A source may also have `without_images()`, which returns a
+    copy of itself whose examples lack "image": what runs on text alone asks for it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...

@@ -1,0 +1,266 @@
+"""A procedural set: pictures of two coloured shapes, and captions that say where they lie.
+
+Pairs of coloured shapes that `is_heldout` picks never occur in training, so the held-out split
+asks for compositions that were never seen, made of parts that all were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jaxblip.errors import UserError
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (255, 140, 20),
+    "yellow": (245, 222, 20),
+    "green": (30, 140, 50),
+    "cyan": (40, 205, 220),
+    "blue": (35, 70, 215),
+    "purple": (150, 50, 185),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+# Half of the side of the bounding box, as a share of the image's side.
+SIZES = {"small": 0.125, "large": 0.215}
+# (phrase within a sentence, its inverse, where the first object is, where the second one is)
+RELATIONS = {
+    "left": ("left of", "right of", "on the left", "on the right"),
+    "above": ("above", "below", "at the top", "at the bottom"),
+}
+SPLIT_SIZES = {"train": 20_000, "heldout": 500}
+
+_HELDOUT_SHARE = 0.1
+_SIZE_JITTER = 0.07  # relative; the two sizes stay far apart
+_MARGIN = 0.02  # from the image's edge, as a share of its side
+_MIN_GAP = 0.05  # between the two bounding boxes, along the relation's axis
+_MAX_OFFSET = 0.05  # of each object across the relation's axis: far below the distance along it
+_BACKGROUND = (205, 245)  # shade of grey
+_SUPERSAMPLING = 4
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Thing:
+    """One object of a scene, as a caption names it."""
+
+    colour: str
+    shape: str
+    size: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """`first` lies to the left of, or above, `second`: the description of one image."""
+
+    first: Thing
+    second: Thing
+    relation: str  # "left" or "above"
+
+
+def is_heldout(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether this unordered pair of (colour, shape) is kept out of training (about one in ten)."""
+    names = "|".join(sorted(" ".join(thing) for thing in (one, other)))
+    digest = hashlib.sha256(names.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < _HELDOUT_SHARE * 2**32
+
+
+def scene_captions(scene: Scene) -> list[str]:
+    """Six captions, each of which alone names both objects, their sizes and the relation."""
+    relation, inverse, first_place, second_place = RELATIONS[scene.relation]
+    to_the = "to the " if scene.relation == "left" else ""
+    first, second = scene.first, scene.second
+    return [
+        f"{first} {to_the}{relation} {second}",
+        f"{second} {to_the}{inverse} {first}",
+        f"there is {first} {relation} {second}",
+        f"there is {second} {inverse} {first}",
+        f"{first} {first_place} and {second} {second_place}",
+        f"{second_place} {second} and {first_place} {first}",
+    ]
+
+
+@functools.cache
+def _compositions(heldout: bool) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """All ordered pairs of different (colour, shape) of one split."""
+    looks = list(itertools.product(COLOURS, SHAPES))
+    return [
+        pair for pair in itertools.permutations(looks, 2) if is_heldout(*pair) == heldout
+    ]
+
+
+@functools.cache
+def _heldout_scenes() -> list[Scene]:
+    """Every scene of the held-out compositions once, in a fixed order that looks random."""
+    scenes = [
+        Scene(Thing(*one, size_one), Thing(*other, size_other), relation)
+        for one, other in _compositions(heldout=True)
+        for size_one in SIZES
+        for size_other in SIZES
+        for relation in RELATIONS
+    ]
+    return sorted(scenes, key=lambda scene: hashlib.sha256(repr(scene).encode()).digest())
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points lie inside the shape that fills [-1, 1] x [-1, 1]; y points down."""
+    radius = np.hypot(x, y)
+    if shape == "circle":
+        return radius <= 1
+    if shape == "ring":
+        return (radius <= 1) & (radius >= 0.58)
+    if shape == "square":  # of about the circle's area, so that its size does not mislead
+        return np.maximum(abs(x), abs(y)) <= 0.9
+    if shape == "triangle":
+        return abs(x) <= (y + 1) / 2
+    if shape == "cross":
+        return np.minimum(abs(x), abs(y)) <= 0.3
+    if shape == "star":
+        # Fold the plane onto one half of one of the five arms, which is bounded by a straight
+        # line from its tip, at angle 0, to the notch between two arms, at angle pi / 5.
+        angle = np.arctan2(x, -y) % (2 * np.pi / 5)
+        angle = np.minimum(angle, 2 * np.pi / 5 - angle)
+        along, across = radius * np.cos(angle), radius * np.sin(angle)
+        notch = 0.45 * np.exp(1j * np.pi / 5)
+        return (1 - along) * notch.imag >= across * (1 - notch.real)
+    raise ValueError(f"no shape is called {shape!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _coverage(shape: str, side: int, top: int, left: int) -> UInt8[np.ndarray, "height width"]:
+    """How much of each pixel a shape covers, 0 to 255, in the pixels that it touches.
+
+    `side` is that of the bounding box, `top` and `left` its place in the first pixel; all three
+    count supersampled points, so that few different patches exist and most come from the cache.
+    """
+    per_pixel = _SUPERSAMPLING
+    height, width = (-(-(start + side) // per_pixel) for start in (top, left))
+    points = np.zeros((height * per_pixel, width * per_pixel), np.float32)
+    grid = (2 * np.arange(side) + 1) / side - 1
+    points[top : top + side, left : left + side] = _inside(shape, grid[None, :], grid[:, None])
+    pixels = points.reshape(height, per_pixel, width, per_pixel).mean((1, 3))
+    return np.round(255 * pixels).astype(np.uint8)
+
+
+def _place(
+    scene: Scene, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
+    """Centres (x, y) and half sides of both objects, as shares of the image's side."""
+    draws = rng.random(7)
+    jitter = 1 + _SIZE_JITTER * (2 * draws[:2] - 1)
+    half = np.array([SIZES[scene.first.size], SIZES[scene.second.size]]) * jitter
+    # Along the axis: what the boxes, the gap and the margins leave free is split in three.
+    free = 1 - 2 * _MARGIN - _MIN_GAP - 2 * half.sum()
+    low, high = sorted(draws[2:4])
+    along_first = _MARGIN + half[0] + low * free
+    along_second = 1 - _MARGIN - half[1] - (1 - high) * free
+    # Across it: both near one line, which leaves room for the larger one.
+    room = _MARGIN + half.max() + _MAX_OFFSET
+    line = room + draws[4] * (1 - 2 * room)
+    across = line + _MAX_OFFSET * (2 * draws[5:7] - 1)
+    centres = np.stack([[along_first, along_second], across], axis=1)
+    return (centres if scene.relation == "left" else centres[:, ::-1]), half
+
+
+class ShapesSource:
+    """Scenes of two objects; example `index` is a function of (split, index) alone.
+
+    Args:
+      split: "train", or "heldout": the compositions that training never shows, every scene with
+        a description of its own, so that no caption of one image is true of another.
+      image_size_px: side of the square images.
+      size: number of examples, by default SPLIT_SIZES[split].
+      images: without them only captions are made, for tasks on text.
+
+    Raises:
+      UserError: unknown split, or more held-out examples than there are held-out scenes.
+    """
+
+    def __init__(
+        self, split: str, image_size_px: int = 64, size: int | None = None, images: bool = True
+    ):
+        if split not in SPLIT_SIZES:
+            raise UserError(
+                f"shapes has no split {split!r}; the splits are {', '.join(SPLIT_SIZES)}"
+            )
+        self.split = split
+        self.image_size_px = image_size_px
+        self.images = images
+        self._size = SPLIT_SIZES[split] if size is None else size
+        if split == "heldout" and self._size > len(_heldout_scenes()):
+            raise UserError(
+                f"shapes:heldout has {len(_heldout_scenes())} different scenes, "
+                f"{self._size} were asked for; ask for fewer"
+            )
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._size:
+            raise IndexError(f"index {index} of {self._size} examples")
+        rng = self._rng(index)
+        scene = self._draw_scene(index, rng)
+        example = {"captions": scene_captions(scene), "image_id": int(index)}
+        if self.images:
+            example["image"] = self._render(scene, rng)
+        return example
+
+    def scene(self, index: int) -> Scene:
+        """The description that example `index` shows."""
+        return self._draw_scene(index, self._rng(index))
+
+    def layout(self, index: int) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
+        """Centres (x, y) and half sides of its two objects, as shares of the image's side."""
+        rng = self._rng(index)
+        return _place(self._draw_scene(index, rng), rng)
+
+    def without_images(self) -> ShapesSource:
+        return ShapesSource(self.split, self.image_size_px, self._size, images=False)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        key = np.array([list(SPLIT_SIZES).index(self.split), index], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
+
+    def _draw_scene(self, index: int, rng: np.random.Generator) -> Scene:
+        if self.split == "heldout":
+            return _heldout_scenes()[index]
+        pairs = _compositions(heldout=False)
+        one, other = pairs[rng.integers(len(pairs))]
+        sizes, relations = list(SIZES), list(RELATIONS)
+        choice = int(rng.integers(len(sizes) ** 2 * len(relations)))
+        choice, relation = divmod(choice, len(relations))
+        size_one, size_other = divmod(choice, len(sizes))
+        return Scene(
+            Thing(*one, sizes[size_one]), Thing(*other, sizes[size_other]), relations[relation]
+        )
+
+    def _render(
+        self, scene: Scene, rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        side_px, per_pixel = self.image_size_px, _SUPERSAMPLING
+        centres, half_sides = _place(scene, rng)
+        background = int(rng.integers(*_BACKGROUND))
+        image = np.full((side_px, side_px, 3), background, np.uint8)
+        for thing, centre, half in zip((scene.first, scene.second), centres, half_sides):
+            side = round(2 * half * side_px * per_pixel)
+            left, top = (round((c - half) * side_px * per_pixel) for c in centre)
+            (left_px, left), (top_px, top) = divmod(left, per_pixel), divmod(top, per_pixel)
+            covered = _coverage(thing.shape, side, top, left)[..., None] / np.float32(255)
+            height, width = covered.shape[:2]
+            contrast = np.array(COLOURS[thing.colour], np.float32) - background
+            # The boxes do not overlap, but their outermost pixels may touch nothing of the other:
+            # the minimum gap is more than two pixels at any size that can be read.
+            image[top_px : top_px + height, left_px : left_px + width] = (
+                background + contrast * covered + 0.5
+            )
+        return image

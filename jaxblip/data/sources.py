@@ -1,0 +1,30 @@
+"""From the text of a config to a source of examples."""
+
+from __future__ import annotations
+
+from jaxblip.data.jsonl import JsonlSource
+from jaxblip.data.samples import Source
+from jaxblip.data.shapes import SPLIT_SIZES, ShapesSource
+from jaxblip.errors import UserError
+
+
+def open_source(spec: str, *, image_size_px: int) -> Source:
+    """Opens "shapes:train", "shapes:heldout" or the path of a .jsonl file.
+
+    Args:
+      spec: as in `config.data.train` and `config.data.eval`.
+      image_size_px: side of the images that a procedural source draws.
+
+    Raises:
+      UserError: the spec names no source, or the file cannot be used.
+    """
+    name, _, split = spec.partition(":")
+    if name == "shapes" and split in SPLIT_SIZES:
+        return ShapesSource(split, image_size_px)
+    if spec.endswith(".jsonl"):
+        return JsonlSource(spec)
+    known = ", ".join(f"shapes:{split}" for split in SPLIT_SIZES)
+    raise UserError(
+        f"no data source is called {spec!r}; the known ones are {known} "
+        "and the path of a file that ends in .jsonl"
+    )

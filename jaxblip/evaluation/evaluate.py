@@ -1,0 +1,130 @@
+"""What is measured for each task, on its evaluation set, with any parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from jaxblip.data import inputs
+from jaxblip.decoding import DecodingConfig, generate
+from jaxblip.evaluation.batching import RowMap
+from jaxblip.evaluation.captions import caption_metrics
+from jaxblip.evaluation.retrieval import recall_at_k, retrieval_metrics
+from jaxblip.tasks import Task
+from jaxblip.training.state import Params
+
+Metrics = dict[str, float]
+
+
+class Evaluation:
+    """The evaluation of a run: its set, read once, and its compiled functions."""
+
+    def __init__(self, task: Task, tokenizer: Any, mesh: Mesh):
+        """Reads the evaluation set.
+
+        Raises:
+          UserError: it cannot be read, or `eval.batch_size` does not divide over the mesh.
+        """
+        self.task = task
+        self.set = inputs.read_eval_set(task.config)
+        self.predictions: list[str] = []
+        self._map = RowMap(mesh, task.config.eval.batch_size)
+        self._encode = inputs.text_encoder(task.config, tokenizer)
+        self._caption = Captioner(task, tokenizer, mesh)
+
+    def run(self, params: Params, frozen: Params) -> Metrics:
+        """Metrics by name.
+
+        `clip` and `stage1`: recall at 1, 5, 10 in both directions, as fractions; for `stage1` both
+        by ITC alone (`itc_…`) and re-ranked by ITM. `stage2`: `caption_exact` (fraction) and
+        `bleu4` (0 to 100); `predictions` then holds the captions. `language_model`: `loss` (nats a
+        token), `perplexity`, `token_accuracy`.
+        """
+        measure = {
+            "clip": self._contrastive_retrieval,
+            "stage1": self._reranked_retrieval,
+            "stage2": self._captions,
+            "language_model": self._language_model_loss,
+        }[self.task.config.task]
+        return measure(params, frozen)
+
+    def _contrastive_retrieval(self, params: Params, frozen: Params) -> Metrics:
+        texts, image_of_text = self._flat_captions()
+        images = self._map(self.task.embed_images, params, frozen, self.set.images)
+        texts = self._map(self.task.embed_texts, params, frozen, *self._encode(texts))
+        return recall_at_k(images @ texts.T, image_of_text)
+
+    def _reranked_retrieval(self, params: Params, frozen: Params) -> Metrics:
+        texts, image_of_text = self._flat_captions()
+        ids, mask = self._encode(texts)
+        features = self._map(self.task.image_features, params, frozen, self.set.images)
+        image_embeds = self._map(self.task.embed_images, params, frozen, features)
+        text_embeds = self._map(self.task.embed_texts, params, frozen, ids, mask)
+        similarity = np.stack([(queries @ text_embeds.T).max(axis=0) for queries in image_embeds])
+
+        def match(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+            arrays, rows = (features, ids, mask), (images, texts, texts)
+            return self._map(self.task.match, params, frozen, *arrays, rows=rows)
+
+        top_k = self.task.config.eval.rerank_top_k
+        return retrieval_metrics(similarity, image_of_text, match, top_k)
+
+    def _captions(self, params: Params, frozen: Params) -> Metrics:
+        self.predictions = self._caption(params, frozen, self.set.images)
+        return caption_metrics(self.predictions, self.set.captions)
+
+    def _language_model_loss(self, params: Params, frozen: Params) -> Metrics:
+        texts, _ = self._flat_captions()
+        sums = self._map(self.task.token_sums, params, frozen, *self._encode(texts)).sum(axis=0)
+        loss, accuracy = sums[:2] / sums[2]
+        return {
+            "loss": float(loss),
+            "perplexity": float(np.exp(loss)),
+            "token_accuracy": float(accuracy),
+        }
+
+    def _flat_captions(self) -> tuple[list[str], np.ndarray]:
+        """All captions, and the index of each one's image."""
+        pairs = [(c, i) for i, captions in enumerate(self.set.captions) for c in captions]
+        return [caption for caption, _ in pairs], np.array([image for _, image in pairs])
+
+
+class Captioner:
+    """Captions by a model of the task `stage2`, decoded as `config.eval` says."""
+
+    def __init__(self, task: Task, tokenizer: Any, mesh: Mesh):
+        self.task, self.tokenizer = task, tokenizer
+        self._map = RowMap(mesh, task.config.eval.batch_size)
+        self._encode = inputs.text_encoder(task.config, tokenizer)
+
+    def __call__(
+        self, params: Params, frozen: Params, images: UInt8[np.ndarray, "images size size 3"]
+    ) -> list[str]:
+        """One caption an image, without the prompt."""
+        ids = self._map(self._generate, params, frozen, images)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generate(self, params: Params, images: Array) -> Array:
+        """Generated ids `[batch, max_new_tokens]`."""
+        settings = self.task.config.eval
+        prompt_ids = self._encode.prompt_ids(self.task.config.data.prompt)
+        prefix = self.task.prefix(params, images, prompt_ids)
+        return generate(
+            self.task.language_model,
+            params["language_model"],
+            prefix,
+            jnp.ones(prefix.shape[:2], bool),
+            DecodingConfig(
+                max_new_tokens=settings.max_new_tokens,
+                min_new_tokens=settings.min_new_tokens,
+                num_beams=settings.num_beams,
+                length_penalty=settings.length_penalty,
+                stop_token_id=self._encode.stop_id,
+                pad_token_id=self._encode.pad_id,
+            ),
+        )

@@ -1,0 +1,174 @@
+"""BLIP-2: stage 1 (vision-language representation) and stage 2 (generation by a language model).
+
+BLIP-2 paper §3.2 and §3.3; reference: LAVIS `blip2_qformer.py` and `blip2_opt.py`. The modules
+are networks only; `tasks` joins them to their losses.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxblip.models.attention import (
+    bidirectional_mask,
+    causal_mask,
+    padding_mask,
+    stage1_mask,
+)
+from jaxblip.models.bert import PredictionHead
+from jaxblip.models.layers import KeyValues, l2_normalize, layer_norm
+from jaxblip.models.opt import OptConfig, OptLanguageModel, token_positions
+from jaxblip.models.qformer import QFormer, QFormerConfig
+from jaxblip.models.vit import VisionTransformer, VitConfig
+
+Images = Float[Array, "batch height width 3"]
+TextIds = Int[Array, "batch text"]
+TextValid = Bool[Array, "batch text"]
+
+
+class Blip2Stage1(nn.Module):
+    """Image encoder, Q-Former with text side, and the heads of the three losses.
+
+    Attributes:
+      embed_dim: width of the contrastive space.
+      dec_token_id: stands in place of the first text token where text is generated (`[DEC]`).
+      vision_norm_epsilon: LAVIS has 1e-5, the Hugging Face port 1e-6.
+    """
+
+    vision_config: VitConfig
+    qformer_config: QFormerConfig
+    dec_token_id: int
+    embed_dim: int = 256
+    initial_temperature: float = 0.07
+    vision_norm_epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        q = self.qformer_config
+        self.vision = VisionTransformer(self.vision_config, self.dtype)
+        self.vision_norm = layer_norm(self.vision_norm_epsilon, self.dtype)
+        self.qformer = QFormer(q, self.dtype)
+        # Scores are compared across the whole batch: the heads compute in float32.
+        self.image_projection = nn.Dense(self.embed_dim)
+        self.text_projection = nn.Dense(self.embed_dim)
+        self.itm_head = nn.Dense(2)
+        self.itg_head = PredictionHead(
+            q.vocab_size, q.width, q.layer_norm_epsilon, q.kernel_init, self.dtype
+        )
+        self.temperature = self.param(
+            "temperature", nn.initializers.constant(self.initial_temperature), ()
+        )
+
+    def image_features(self, images: Images) -> Float[Array, "batch tokens vision_width"]:
+        """The tokens of the image encoder, normed."""
+        return self.vision_norm(self.vision(images))
+
+    def read_image(self, features: Float[Array, "batch tokens vision_width"]) -> KeyValues:
+        """What the Q-Former needs of the images, computed once for all passes."""
+        return self.qformer.read_image(features)
+
+    def contrast_and_caption(
+        self, image: KeyValues, text_ids: TextIds, text_valid: TextValid
+    ) -> tuple[
+        Float[Array, "batch queries embed"],
+        Float[Array, "batch embed"],
+        Float[Array, "batch text vocab"],
+    ]:
+        """The uni-modal and the multimodal causal pass, packed into one.
+
+        Returns:
+          Image embeddings (one a query) and text embeddings, both L2-normalised, and the ITG
+          logits: position t scores the text token t + 1.
+        """
+        num_queries, length = self.qformer_config.num_query_tokens, text_ids.shape[1]
+        decoder_ids = text_ids.at[:, 0].set(self.dec_token_id)
+        positions = jnp.arange(length)
+        hidden = self.qformer(
+            image,
+            jnp.concatenate([text_ids, decoder_ids], axis=1),
+            stage1_mask(num_queries, text_valid),
+            jnp.concatenate([positions, positions]),
+        )
+        queries, text, decoded = jnp.split(hidden, [num_queries, num_queries + length], axis=1)
+        return self._embed_queries(queries), self._embed_text(text), self._word_logits(decoded)
+
+    def embed_images(self, image: KeyValues) -> Float[Array, "batch queries embed"]:
+        """L2-normalised image embeddings, one a query."""
+        return self._embed_queries(self.qformer(image))
+
+    def embed_texts(self, text_ids: TextIds, text_valid: TextValid) -> Float[Array, "batch embed"]:
+        """L2-normalised text embeddings, without an image."""
+        return self._embed_text(self.qformer(None, text_ids, padding_mask(text_valid)))
+
+    def match(
+        self, image: KeyValues, text_ids: TextIds, text_valid: TextValid
+    ) -> Float[Array, "batch 2"]:
+        """ITM logits [no match, match] of each image with its text, averaged over the queries."""
+        num_queries = self.qformer_config.num_query_tokens
+        hidden = self.qformer(image, text_ids, bidirectional_mask(num_queries, text_valid))
+        return self.itm_head(hidden[:, :num_queries]).mean(axis=1)
+
+    def __call__(self, images: Images, text_ids: TextIds, text_valid: TextValid):
+        """Runs every part once; for initialisation."""
+        image = self.read_image(self.image_features(images))
+        return (
+            self.contrast_and_caption(image, text_ids, text_valid),
+            self.match(image, text_ids, text_valid),
+        )
+
+    def _embed_queries(self, queries):
+        return l2_normalize(self.image_projection(queries.astype(jnp.float32)))
+
+    def _embed_text(self, text):
+        return l2_normalize(self.text_projection(text[:, 0].astype(jnp.float32)))
+
+    def _word_logits(self, hidden):
+        hidden = self.itg_head.transform(hidden)
+        return self.qformer.text_embeddings.attend(hidden) + self.itg_head.bias
+
+
+class Blip2Stage2(nn.Module):
+    """Image encoder, Q-Former without text side, projection, and a decoder language model."""
+
+    vision_config: VitConfig
+    qformer_config: QFormerConfig
+    language_model_config: OptConfig
+    vision_norm_epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.vision = VisionTransformer(self.vision_config, self.dtype)
+        self.vision_norm = layer_norm(self.vision_norm_epsilon, self.dtype)
+        self.qformer = QFormer(self.qformer_config, self.dtype)
+        self.projection = nn.Dense(self.language_model_config.width, dtype=self.dtype)
+        self.language_model = OptLanguageModel(self.language_model_config, self.dtype)
+
+    def visual_tokens(self, images: Images) -> Float[Array, "batch queries lm_width"]:
+        """The soft tokens that stand before the text."""
+        image = self.qformer.read_image(self.vision_norm(self.vision(images)))
+        return self.projection(self.qformer(image))
+
+    def prefix(
+        self, images: Images, prompt_ids: Int[Array, " prompt"]
+    ) -> Float[Array, "batch queries+prompt lm_width"]:
+        """Visual tokens and the embedded prompt, which is the same for all images."""
+        visual = self.visual_tokens(images)
+        prompt = self.language_model.embed(prompt_ids)
+        prompt = jnp.broadcast_to(prompt, (visual.shape[0], *prompt.shape))
+        return jnp.concatenate([visual, prompt.astype(visual.dtype)], axis=1)
+
+    def __call__(
+        self, images: Images, text_ids: TextIds, text_valid: TextValid
+    ) -> Float[Array, "batch text vocab"]:
+        """Position t scores the text token t: the first one is predicted from the last query."""
+        visual = self.visual_tokens(images)
+        num_queries = visual.shape[1]
+        text = self.language_model.embed(text_ids)
+        valid = jnp.concatenate([jnp.ones(visual.shape[:2], bool), text_valid], axis=1)
+        hidden, _ = self.language_model(
+            jnp.concatenate([visual.astype(text.dtype), text], axis=1),
+            token_positions(valid),
+            causal_mask(valid),
+        )
+        return self.language_model.logits(hidden[:, num_queries - 1 : -1])

@@ -1,0 +1,221 @@
+"""The blocks that every transformer of the family is made of: attention and feed-forward.
+
+Parameter names are the same in all architectures (`query`, `key`, `value`, `out`, `up`, `down`),
+so one table of sharding rules places them all. Dropout is active exactly when the caller passes a
+`dropout` key: `module.apply(..., rngs={"dropout": key})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxblip.models.attention import Mask, dot_product_attention
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # BERT and EVA-CLIP use the exact form
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
+    "relu": nn.relu,  # OPT
+}
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Keys and values of one attention layer, or of a stack of layers on a leading axis."""
+
+    key: Float[Array, "*layers batch length heads width"]
+    value: Float[Array, "*layers batch length heads width"]
+
+    def write(self, new: KeyValues, position: int | Array) -> KeyValues:
+        """This cache with `new` written from `position` (along `length`) on."""
+
+        def put(cache, update):
+            return jax.lax.dynamic_update_slice_in_dim(
+                cache, update.astype(cache.dtype), position, axis=-3
+            )
+
+        return KeyValues(put(self.key, new.key), put(self.value, new.value))
+
+
+class KeyValueProjection(nn.Module):
+    """Keys and values of features that another sequence will attend to."""
+
+    num_heads: int
+    head_width: int
+    kernel_init: Callable
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "batch length width"]) -> KeyValues:
+        return KeyValues(
+            key=to_heads(self, "key")(features), value=to_heads(self, "value")(features)
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself, to a cache, or to given keys and values.
+
+    Attributes:
+      key_bias: EVA-CLIP has none: a constant added to every key cancels in the softmax.
+      attention_dropout: dropout of the attention weights.
+    """
+
+    num_heads: int
+    head_width: int
+    kernel_init: Callable
+    key_bias: bool = True
+    attention_dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch query width"],
+        mask: Mask | None = None,
+        *,
+        key_values: KeyValues | None = None,
+        cache: KeyValues | None = None,
+        cache_position: Array | int = 0,
+    ) -> tuple[Float[Array, "batch query width"], KeyValues | None]:
+        """Attends to `key_values` where given, otherwise to the projections of `x`.
+
+        With a `cache`, the projections of `x` are first written into it from `cache_position` on,
+        and `x` attends to the whole cache; `mask` says which of its positions count.
+
+        Returns:
+          The output, and the cache with this call written into it (None without a cache).
+        """
+        query = to_heads(self, "query")(x)
+        if key_values is None:
+            key_values = KeyValues(
+                key=to_heads(self, "key", use_bias=self.key_bias)(x),
+                value=to_heads(self, "value")(x),
+            )
+            if cache is not None:
+                key_values = cache = cache.write(key_values, cache_position)
+        dropout = self.attention_dropout if self.has_rng("dropout") else 0.0
+        attended = dot_product_attention(
+            query,
+            key_values.key.astype(query.dtype),
+            key_values.value.astype(query.dtype),
+            mask=mask,
+            dropout_rate=dropout,
+            dropout_rng=self.make_rng("dropout") if dropout else None,
+        )
+        out = nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="out"
+        )(attended)
+        return out, cache
+
+
+def to_heads(module: KeyValueProjection | Attention, name: str, use_bias: bool = True):
+    """The linear map `[..., width] -> [..., heads, head_width]` of an attention module."""
+    return nn.DenseGeneral(
+        (module.num_heads, module.head_width),
+        use_bias=use_bias,
+        kernel_init=module.kernel_init,
+        dtype=module.dtype,
+        name=name,
+    )
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    hidden_width: int
+    activation: str
+    kernel_init: Callable
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        width = x.shape[-1]
+        dense = partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+        x = ACTIVATIONS[self.activation](dense(self.hidden_width, name="up")(x))
+        return dense(width, name="down")(x)
+
+
+class Dropout(nn.Module):
+    """Dropout that is active exactly when the caller passes a `dropout` key."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
+    """Layer norm with float32 statistics, by the two-pass variance as in PyTorch."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def l2_normalize(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    """Rows of length 1; zero rows stay finite, with a finite gradient."""
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
+
+
+class PreNormBlock(nn.Module):
+    """The pre-norm transformer block of ViT, CLIP and OPT."""
+
+    num_heads: int
+    mlp_width: int
+    activation: str
+    layer_norm_epsilon: float
+    kernel_init: Callable
+    key_bias: bool = True
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        mask: Mask | None = None,
+        cache: KeyValues | None = None,
+        cache_position: Array | int = 0,
+    ) -> tuple[Float[Array, "batch length width"], KeyValues | None]:
+        """Returns the output and the updated cache, as `scan_layers` wants it."""
+        dropout = Dropout(self.dropout)
+        normed = layer_norm(self.layer_norm_epsilon, self.dtype, "attention_norm")(x)
+        attended, cache = Attention(
+            self.num_heads,
+            x.shape[-1] // self.num_heads,
+            self.kernel_init,
+            key_bias=self.key_bias,
+            dtype=self.dtype,
+            name="attention",
+        )(normed, mask, cache=cache, cache_position=cache_position)
+        x = x + dropout(attended)
+        normed = layer_norm(self.layer_norm_epsilon, self.dtype, "mlp_norm")(x)
+        update = FeedForward(
+            self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp"
+        )(normed)
+        return x + dropout(update), cache
+
+
+def scan_layers(block: type[nn.Module], length: int, *, remat: bool, in_axes=nn.broadcast):
+    """`block` repeated `length` times, its parameters stacked on axis 0.
+
+    The block's `__call__(x, *inputs)` returns `(x, output)`; `in_axes` says which of the inputs
+    have an own slice for each layer (0) and which are the same for all (`nn.broadcast`).
+
+    Args:
+      remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    if remat:
+        block = nn.remat(block, prevent_cse=False)  # inside a scan nothing is left to merge
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+    )

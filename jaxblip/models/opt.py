@@ -1,0 +1,107 @@
+"""Decoder language models of the OPT architecture (Zhang et al. 2022, arXiv 2205.01068).
+
+Reference implementation: transformers `modeling_opt.py`, pre-norm variants (all sizes but 350M).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxblip.models.attention import Mask
+from jaxblip.models.layers import KeyValues, PreNormBlock, layer_norm, scan_layers
+
+POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+    """Size of an OPT language model; the defaults are OPT-125M's."""
+
+    vocab_size: int = 50272
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    max_positions: int = 2048
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    remat: bool = False
+
+
+class OptLanguageModel(nn.Module):
+    """Token embeddings in, hidden states out, and the tied output head.
+
+    The three methods are separate so that soft tokens can stand among the embeddings, and so that
+    logits are computed only where they are needed.
+    """
+
+    config: OptConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.token_embedding = nn.Embed(
+            c.vocab_size, c.width, embedding_init=init, dtype=self.dtype
+        )
+        self.position_embedding = nn.Embed(
+            c.max_positions + POSITION_OFFSET, c.width, embedding_init=init, dtype=self.dtype
+        )
+        scanned = scan_layers(
+            PreNormBlock, c.num_layers, remat=c.remat, in_axes=(nn.broadcast, 0, nn.broadcast)
+        )
+        self.layers = scanned(
+            c.num_heads,
+            c.mlp_width,
+            "relu",
+            c.layer_norm_epsilon,
+            init,
+            dropout=c.dropout,
+            dtype=self.dtype,
+        )
+        self.final_norm = layer_norm(c.layer_norm_epsilon, self.dtype)
+
+    def embed(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        """Word embeddings of `ids`."""
+        return self.token_embedding(ids)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "batch length width"],
+        positions: Int[Array, "batch length"],
+        mask: Mask,
+        cache: KeyValues | None = None,
+        cache_position: Array | int = 0,
+    ) -> tuple[Float[Array, "batch length width"], KeyValues | None]:
+        """Hidden states after the final norm, and the updated cache.
+
+        Args:
+          positions: 0 for the first token that is no padding (`token_positions`).
+          mask: who sees whom: `[batch, 1, length, length]`, or `[batch, 1, length, capacity]`
+            with a cache.
+          cache: from `empty_cache`; the keys and values of this call are written into it at
+            `cache_position`.
+        """
+        x = embeddings.astype(self.dtype) + self.position_embedding(positions + POSITION_OFFSET)
+        x, cache = self.layers(x, mask, cache, cache_position)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """Scores of the next token."""
+        return self.token_embedding.attend(hidden)
+
+
+def token_positions(valid: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Positions that count only valid tokens; padding (on either side) gets 0 or the last."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+
+
+def empty_cache(config: OptConfig, batch: int, capacity: int, dtype=jnp.float32) -> KeyValues:
+    """A key/value cache for `capacity` positions: `[layers, batch, capacity, heads, width]`."""
+    shape = (config.num_layers, batch, capacity, config.num_heads, config.width // config.num_heads)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

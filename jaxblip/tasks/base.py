@@ -1,0 +1,115 @@
+"""What a task is: a model, its loss, the batch fields it reads."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+from ml_collections import ConfigDict
+
+Params = dict[str, Any]
+Batch = dict[str, Array]
+
+# Mean and standard deviation of the pixels, as in CLIP; all encoders of the family use them.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@flax.struct.dataclass
+class LossOutput:
+    """What a task's loss returns.
+
+    Attributes:
+      loss: mean over the batch, float32.
+      weight: how much this batch counts beside others of the same step when gradients are
+        accumulated: its target tokens for a token mean, its examples otherwise.
+      metrics: scalars to log, such as the parts of the loss.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+
+class Task(abc.ABC):
+    """What one run optimises. Holds no parameters: they are an argument everywhere.
+
+    Attributes:
+      fields: the batch fields that the loss reads.
+      model: the network; its parameter tree has the parts `vision`, `qformer`, … on top.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    model: nn.Module
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.model = self.build_model()
+
+    @abc.abstractmethod
+    def build_model(self) -> nn.Module:
+        """The network that `self.config` describes."""
+
+    @abc.abstractmethod
+    def loss(self, params: Params, batch: Batch, rng: Key[Array, ""] | None) -> LossOutput:
+        """Loss of one batch.
+
+        Args:
+          params: the full tree, trainable and frozen.
+          rng: key of dropout and of sampling; None switches dropout off, and sampling takes a
+            fixed key.
+        """
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the activations."""
+        return jnp.dtype(self.config.compute_dtype)
+
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each field of a global batch."""
+        size, length = self.config.data.image_size_px, self.config.data.max_text_tokens
+        shapes = {
+            "image": ((size, size, 3), np.uint8),
+            "text_ids": ((length,), np.int32),
+            "text_mask": ((length,), np.bool_),
+            "prompt_length": ((), np.int32),
+            "image_id": ((), np.int32),
+        }
+        return {
+            field: jax.ShapeDtypeStruct((batch_size, *shapes[field][0]), shapes[field][1])
+            for field in self.fields
+        }
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Random parameters in float32; call it under `jax.jit` or `jax.eval_shape`."""
+        batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.batch_shapes(1).items()}
+        return self.model.init(rng, *self.model_inputs(batch))["params"]
+
+    def model_inputs(self, batch: Batch) -> tuple[Array, ...]:
+        """The batch as the arguments of the model's `__call__`."""
+        inputs = [normalize_images(batch["image"])] if "image" in batch else []
+        return (*inputs, batch["text_ids"], batch["text_mask"])
+
+    def apply(self, params: Params, *args, method: str | None = None, rng=None):
+        """`model.apply`, with dropout where `rng` is given."""
+        rngs = None if rng is None else {"dropout": rng}
+        return self.model.apply({"params": params}, *args, method=method, rngs=rngs)
+
+    def constrain(self, params: Params) -> Params:
+        """Puts parameters back into their allowed range after an update."""
+        return params
+
+
+def normalize_images(
+    images: UInt8[Array, "batch height width 3"],
+) -> Float[Array, "batch height width 3"]:
+    """uint8 pixels to the encoder's input; on the device, so that batches stay small."""
+    mean = jnp.asarray(PIXEL_MEAN) * 255.0
+    std = jnp.asarray(PIXEL_STD) * 255.0
+    return (images.astype(jnp.float32) - mean) / std

@@ -1,0 +1,1 @@
+"""How a run goes: train state, optimizer, the step, checkpoints, metrics, progress."""

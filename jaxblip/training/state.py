@@ -1,0 +1,92 @@
+"""What a training step changes, and the split of the parameters into trainable and frozen."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Int32, Key
+
+from jaxblip.errors import UserError
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes from step to step: donated to the step, and saved in checkpoints.
+
+    The key of a step is `fold_in(rng, step)`, so `rng` itself never changes.
+    """
+
+    step: Int32[Array, ""]
+    params: Params  # trainable only, float32
+    opt_state: optax.OptState
+    rng: Key[Array, ""]
+    skipped_in_a_row: Int32[Array, ""]  # updates skipped since the last applied one
+    skipped_total: Int32[Array, ""]
+
+    @classmethod
+    def create(
+        cls, params: Params, optimizer: optax.GradientTransformation, rng: Key[Array, ""]
+    ) -> TrainState:
+        """State before the first step; may be called under `jax.eval_shape`."""
+        # Arrays of their own: donating one buffer twice is an error.
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=rng,
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
+            skipped_total=jnp.zeros((), jnp.int32),
+        )
+
+
+def split_params(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
+    """Splits nested parameters into (trainable, frozen) by path prefixes.
+
+    Args:
+      params: nested dicts of arrays.
+      frozen: prefixes of whole path components, such as "vision" or "language_model/layers".
+
+    Raises:
+      UserError: when a prefix matches no parameter.
+    """
+    flat = flatten_dict(params, sep="/")
+    for prefix in frozen:
+        if not any(_is_under(path, prefix) for path in flat):
+            raise UserError(_unknown_prefix(prefix, list(flat)))
+    parts: tuple[Params, Params] = ({}, {})
+    for path, leaf in flat.items():
+        parts[any(_is_under(path, prefix) for prefix in frozen)][path] = leaf
+    return unflatten_dict(parts[0], sep="/"), unflatten_dict(parts[1], sep="/")
+
+
+def merge_params(trainable: Params, frozen: Params) -> Params:
+    """The full tree again; the inverse of `split_params`."""
+    merged = {**flatten_dict(trainable, sep="/"), **flatten_dict(frozen, sep="/")}
+    return unflatten_dict(merged, sep="/")
+
+
+def cast_frozen(tree: Params, dtype: jnp.dtype) -> Params:
+    """The tree with its floating-point leaves as `dtype`; integers and booleans stay."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
+
+
+def _is_under(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + "/")
+
+
+def _unknown_prefix(prefix: str, paths: list[str]) -> str:
+    parts = [path.split("/") for path in paths]
+    known = sorted({"/".join(part[:n]) for part in parts for n in range(1, len(part) + 1)})
+    near = difflib.get_close_matches(prefix, known, n=1, cutoff=0.0)
+    hint = f" The nearest path is {near[0]!r}." if near else ""
+    return f"The frozen part {prefix!r} matches no parameter of the model.{hint}"

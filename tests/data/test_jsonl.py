@@ -1,0 +1,122 @@
+"""Reading JSONL, and what is said about a file that cannot be read."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxblip.data.jsonl import JsonlSource
+from jaxblip.data.samples import BadSample
+from jaxblip.data.shapes import ShapesSource
+from jaxblip.data.sources import open_source
+from jaxblip.errors import UserError
+
+
+def png(colour=(200, 30, 30), size=(8, 6)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder, lines, name="data.jsonl"):
+    path = folder / name
+    path.write_text("".join(
+        (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
+    ), encoding="utf-8")
+    return path
+
+
+def test_reads_bytes_captions_and_ids(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(png())
+    absolute = tmp_path / "2.png"
+    absolute.write_bytes(png((0, 0, 255)))
+    path = write(tmp_path, [
+        {"image": "pictures/1.png", "caption": "Ein Hündchen – 犬"},
+        "   \r",
+        {"image": str(absolute), "captions": ["b", "c"], "id": "x"},
+        {"image": "pictures/1.png", "caption": "again the first"},
+        {"image": "pictures/1.png", "caption": "known by its id", "id": "x"},
+        {"image": str(absolute), "caption": "no id", "id": None},
+    ])
+    source = pickle.loads(pickle.dumps(JsonlSource(path)))
+    assert len(source) == 5
+    assert source[0] == {"image": png(), "captions": ["Ein Hündchen – 犬"], "image_id": 0}
+    assert source[1]["image"] == png((0, 0, 255))
+    assert source[1]["captions"] == ["b", "c"]
+    assert [source[i]["image_id"] for i in range(5)] == [0, 1, 0, 1, 2]
+    assert source.without_images()[2] == {"captions": ["again the first"], "image_id": 0}
+    assert len(JsonlSource(path, max_lines=2)) == 2
+
+
+def test_is_light_to_send_to_workers(tmp_path):
+    path = write(tmp_path, [{"image": "a.png", "caption": "word " * 200}] * 1000)
+    assert len(pickle.dumps(JsonlSource(path))) < 40_000 < path.stat().st_size
+
+
+def test_missing_image_is_a_bad_sample_that_names_the_file(tmp_path):
+    path = write(tmp_path, [{"image": "gone.png", "caption": "a"}, {"image": "\0", "caption": "a"}])
+    for index, name in enumerate(("gone.png", "")):
+        with pytest.raises(BadSample) as caught:
+            JsonlSource(path)[index]
+        assert caught.value.reason == "missing image"
+        assert name in caught.value.detail
+
+
+def test_no_captions_is_a_bad_sample_and_not_a_defect_of_the_file(tmp_path):
+    assert JsonlSource(write(tmp_path, [{"image": "a", "captions": []}])).without_images()[0][
+        "captions"
+    ] == [""]
+
+
+GOOD = {"image": "a.png", "caption": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'image': 1}", r"data\.jsonl:2: no JSON .*\{'image': 1\}"),
+        ("[1, 2]", r"data\.jsonl:2: no JSON object: \[1, 2\]"),
+        ({"caption": "a"}, r'data\.jsonl:2: no "image", the line has "caption"'),
+        ({"image": "a.png", "text": "a"}, r'data\.jsonl:2: no "caption".*has "image", "text"'),
+        ({"image": 3, "caption": "a"}, r'data\.jsonl:2: "image" is 3'),
+        ({"image": "a.png", "caption": None}, r'data\.jsonl:2: "caption" is null'),
+        ({"image": "a.png", "captions": "a"}, r'data\.jsonl:2: "captions" is "a"'),
+        ({"image": "a.png", "captions": [1]}, r'data\.jsonl:2: "captions" is \[1\]'),
+        ({"image": "a.png", "caption": "a", "id": [1]}, r'data\.jsonl:2: "id" is \[1\]'),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        JsonlSource(write(tmp_path, [GOOD, line, GOOD]))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"image": "\xff\xfe", "caption": "a"}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: no JSON"):
+        JsonlSource(path)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.jsonl.*No such file"):
+        JsonlSource(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
+        JsonlSource(write(tmp_path, [], "empty.jsonl"))
+    with pytest.raises(UserError, match=r"blank\.jsonl is empty"):
+        JsonlSource(write(tmp_path, ["", " "], "blank.jsonl"))
+
+
+def test_open_source_knows_its_specs(tmp_path):
+    shapes = open_source("shapes:heldout", image_size_px=32)
+    assert isinstance(shapes, ShapesSource) and len(shapes) == 500
+    assert np.shape(shapes[0]["image"]) == (32, 32, 3)
+    assert isinstance(
+        open_source(str(write(tmp_path, [GOOD])), image_size_px=32), JsonlSource
+    )
+    for spec in ("shapes", "shapes:test", "coco", ""):
+        with pytest.raises(UserError, match=r"shapes:train, shapes:heldout.*\.jsonl"):
+            open_source(spec, image_size_px=32)

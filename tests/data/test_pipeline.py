@@ -1,0 +1,325 @@
+"""The input pipeline: exact positions, bad samples, and what evaluation reads."""
+
+import dataclasses
+import io
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxblip.data.jsonl import JsonlSource
+from jaxblip.data.pipeline import Preprocess, TrainBatches, iterate_eval_images
+from jaxblip.data.samples import BadSample
+from jaxblip.data.shapes import ShapesSource
+from jaxblip.data.tokenizers import TextEncoder, train_wordpiece
+from jaxblip.errors import RunStopped
+
+def photo(seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
+
+
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+SOURCE = ShapesSource("train", 24, size=20)
+ALL = ("image", "text_ids", "text_mask", "image_id", "prompt_length")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    texts = [c for i in range(20) for c in SOURCE[i]["captions"]] + ["a photo of"]
+    return TextEncoder(train_wordpiece(texts, 300), 24, "qformer")
+
+
+@pytest.fixture(scope="module")
+def preprocess(encoder):
+    # Everything random is on, so that a difference in any generator shows.
+    return Preprocess(
+        ALL, 24, encoder, prompt="a photo of ", flip_probability=0.5, randaugment=True
+    )
+
+
+def take(number, *args, **kwargs):
+    with TrainBatches(*args, **kwargs) as batches:
+        return list(itertools.islice(batches, number)), batches.state()
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for one, other in zip(batches, others):
+        assert one.keys() == other.keys()
+        for field in one:
+            np.testing.assert_array_equal(one[field], other[field])
+
+
+def rows(batches):
+    """All examples of some batches, as one dict of arrays."""
+    return {field: np.concatenate([b[field] for b in batches]) for field in batches[0]}
+
+
+@pytest.fixture(scope="module")
+def straight(preprocess):
+    """Twelve batches of 4, more than two epochs of 20, made in one go."""
+    return take(12, SOURCE, preprocess, batch_size=4, seed=7)[0]
+
+
+def test_fields_have_their_shapes_and_types(straight, preprocess):
+    shapes = {field: (array.shape, array.dtype.name) for field, array in straight[0].items()}
+    assert shapes == {
+        "image": ((4, 24, 24, 3), "uint8"),
+        "text_ids": ((4, 24), "int32"),
+        "text_mask": ((4, 24), "bool"),
+        "image_id": ((4,), "int32"),
+        "prompt_length": ((4,), "int32"),
+    }
+    assert all(type(array) is np.ndarray for array in straight[0].values())
+    assert (straight[0]["prompt_length"] == 4).all()  # [CLS] a photo of
+
+
+def test_every_epoch_shows_everything_once_in_an_order_of_its_own(straight):
+    ids = rows(straight)["image_id"]
+    epochs = ids[:20], ids[20:40]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(20))
+    assert list(epochs[0]) != list(epochs[1]) != list(range(20))
+
+
+def test_an_example_is_augmented_anew_in_each_epoch(straight):
+    everything = rows(straight)
+    same = 0
+    for image_id in range(20):
+        first, second = np.flatnonzero(everything["image_id"] == image_id)[:2]
+        same += np.array_equal(everything["image"][first], everything["image"][second])
+    assert same == 0
+
+
+def test_captions_of_an_image_are_all_drawn(preprocess):
+    one = ShapesSource("train", 24, size=1)
+    batches, _ = take(10, one, preprocess, batch_size=20, seed=0)
+    counts = Counter(map(tuple, rows(batches)["text_ids"]))
+    assert len(counts) == 6 and min(counts.values()) > 15
+
+
+def test_the_seed_decides(straight, preprocess):
+    assert_equal(straight[:3], take(3, SOURCE, preprocess, batch_size=4, seed=7)[0])
+    other = take(3, SOURCE, preprocess, batch_size=4, seed=8)[0]
+    assert not np.array_equal(rows(straight[:3])["image_id"], rows(other)["image_id"])
+
+
+@pytest.mark.parametrize("number", [1, 5, 7])  # within, at the end of, and after an epoch
+def test_going_on_is_exact(straight, preprocess, number):
+    _, state = take(number, SOURCE, preprocess, batch_size=4, seed=7)
+    state = json.loads(json.dumps(state))
+    assert state["examples_seen"] == 4 * number
+    more, _ = take(
+        12 - number, SOURCE, preprocess, batch_size=4, seed=7,
+        start_example=state["examples_seen"], counters=state,
+    )  # fmt: skip
+    assert_equal(straight[number:], more)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing_also_when_going_on(straight, preprocess, num_workers):
+    batches, state = take(
+        9, SOURCE, preprocess, batch_size=4, seed=7, start_example=12, num_workers=num_workers
+    )
+    assert_equal(straight[3:], batches)
+    assert state["examples_seen"] == 48
+    assert all(type(array) is np.ndarray for array in batches[0].values())
+
+
+def test_another_batch_size_sees_the_same_examples(straight, preprocess):
+    batches, _ = take(4, SOURCE, preprocess, batch_size=10, seed=7, start_example=8)
+    assert_equal([rows(straight[2:])], [rows(batches)])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_each_global_batch(straight, preprocess, process_count):
+    parts = []
+    for process_index in range(process_count):
+        batches, state = take(
+            10, SOURCE, preprocess, batch_size=4, seed=7, start_example=8,
+            process_index=process_index, process_count=process_count,
+        )  # fmt: skip
+        parts.append(batches)
+        assert state["examples_seen"] == 48  # global
+        assert len(batches[0]["image_id"]) == 4 // process_count
+    for step, batch in enumerate(straight[2:]):
+        for process_index in range(process_count):
+            for field, array in parts[process_index][step].items():
+                np.testing.assert_array_equal(array, batch[field][process_index::process_count])
+
+
+def test_processes_must_divide_the_batch(preprocess):
+    with pytest.raises(ValueError, match="3 processes do not divide batch_size=4"):
+        TrainBatches(SOURCE, preprocess, batch_size=4, seed=0, process_count=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Shapes of which some are bad, in a way of choice."""
+
+    size: int = 40
+    bad: frozenset = frozenset()
+    error: Exception = BadSample("corrupt image", "a test")
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise self.error
+        return ShapesSource("train", 24, size=self.size)[index]
+
+
+def test_text_tasks_never_ask_for_an_image(encoder):
+    class NoPicture(ShapesSource):
+        def _render(self, scene, rng):
+            raise AssertionError("drawn for a task on text")
+
+    preprocess = Preprocess(("text_ids", "text_mask"), encoder=encoder)
+    batches, _ = take(2, NoPicture("train", 24, size=8), preprocess, batch_size=4, seed=0)
+    assert set(batches[0]) == {"text_ids", "text_mask"}
+
+
+def test_bad_samples_are_replaced_and_counted(preprocess):
+    bad = frozenset({3, 17})
+    source = Broken(bad=bad)
+    arguments = dict(batch_size=8, seed=1, max_bad_share=0.5)
+    batches, state = take(20, source, preprocess, **arguments)
+    ids = rows(batches)["image_id"]
+    assert len(ids) == 160 and not bad & set(ids.tolist())
+    # Four epochs of 40, each of which meets both; a replacement may be bad again.
+    assert 8 <= state["skipped"]["corrupt image"] < 16
+    assert state["examined"] == 160 + state["skipped"]["corrupt image"]
+    # The same again, with the counts carried over a stop.
+    first, half = take(9, source, preprocess, **arguments)
+    second, whole = take(
+        11, source, preprocess, **arguments, start_example=72, counters=half, num_workers=1
+    )
+    assert_equal(batches, first + second)
+    assert whole == state
+
+
+def test_too_many_bad_samples_stop_the_run(preprocess):
+    source = Broken(bad=frozenset(range(0, 40, 10)))
+    with TrainBatches(source, preprocess, batch_size=8, seed=1) as batches:
+        with pytest.raises(RunStopped) as caught:
+            for _ in range(50):
+                next(batches)
+        assert 32 <= batches.examples_seen <= 40  # once as many as the set has were examined
+    message = str(caught.value)
+    bad, examined = batches.skipped["corrupt image"], batches.examined
+    assert f"{bad} of {examined} examples ({bad / examined:.1%}) were bad" in message
+    assert f"corrupt image {bad}" in message and "data.max_bad_share=0.05" in message
+    assert "a test" in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_only_bad_samples_end_at_once(preprocess, num_workers):
+    source = Broken(bad=frozenset(range(40)))
+    with TrainBatches(
+        source, preprocess, batch_size=2, seed=1, num_workers=num_workers, max_bad_share=1.0
+    ) as batches:
+        with pytest.raises(RunStopped, match=r"200 of 20\d examples .* were bad: corrupt image"):
+            next(batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_defects_of_the_program_are_not_taken_for_bad_data(preprocess, num_workers):
+    source = Broken(bad=frozenset({5}), error=ZeroDivisionError("a defect"))
+    with TrainBatches(source, preprocess, batch_size=8, seed=1, num_workers=num_workers) as batches:
+        with pytest.raises(ZeroDivisionError, match="a defect"):
+            for _ in range(50):
+                next(batches)
+
+
+def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
+    grey = Image.fromarray(photo()).convert("L")
+    files = {
+        "good.png": encode(Image.fromarray(photo())),
+        "grey.png": encode(grey),
+        "cmyk.jpg": encode(Image.fromarray(photo()).convert("CMYK"), "JPEG"),
+        "corrupt.png": b"nothing",
+        "empty.png": b"",
+        "large.png": encode(Image.new("RGB", (300, 300))),
+    }
+    lines = [{"image": "missing.png", "caption": "a"}, {"image": "good.png", "caption": " ... "}]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        lines.append({"image": name, "captions": ["", "a red circle", "!"]})
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    limited = dataclasses.replace(preprocess, max_image_pixels=50_000)
+    batches, state = take(
+        20, JsonlSource(path), limited, batch_size=8, seed=0, max_bad_share=0.9
+    )
+    everything = rows(batches)
+    assert set(everything["image_id"].tolist()) == {1, 2, 3}  # by path: missing is 0, good is 1
+    words = limited.encoder([limited.prompt + "a red circle"])[0][0]
+    assert (everything["text_ids"] == words).all()  # never one of the empty captions
+    assert set(state["skipped"]) == {
+        "missing image", "empty caption", "corrupt image", "zero-size image", "gigantic image"
+    }  # fmt: skip
+    assert set(state["converted"]) == {"converted grayscale", "converted CMYK"}
+    json.dumps(state)
+    with TrainBatches(JsonlSource(path), limited, batch_size=8, seed=0) as stopped:
+        with pytest.raises(RunStopped, match="missing image"):
+            for _ in range(50):
+                next(stopped)
+
+
+def test_all_image_files_missing_names_one(tmp_path, preprocess):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"image": "wrong/folder/1.png", "caption": "a"}\n')
+    with TrainBatches(JsonlSource(path), preprocess, batch_size=2, seed=0) as batches:
+        with pytest.raises(RunStopped, match=r"missing image \(.*wrong/folder/1\.png"):
+            next(batches)
+
+
+def test_preprocess_refuses_what_it_cannot_make(encoder):
+    with pytest.raises(ValueError, match="pixels"):
+        Preprocess(("pixels",), encoder=encoder)
+    with pytest.raises(ValueError, match="encoder"):
+        Preprocess(("image", "text_ids"))
+
+
+def test_eval_set_has_one_entry_an_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(Image.fromarray(photo())))
+    (tmp_path / "b.png").write_bytes(encode(Image.fromarray(photo(seed=1)).convert("L")))
+    (tmp_path / "c.png").write_bytes(b"broken")
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [
+        {"image": "a.png", "captions": ["A cat.", "one two three four"]},
+        {"image": "c.png", "caption": "never seen"},
+        {"image": "b.png", "caption": "a dog"},
+        {"image": "a.png", "captions": ["a cat", "", "a CAT on a mat"]},
+        {"image": "b.png", "caption": " !"},
+    ])))
+    evalset = iterate_eval_images(JsonlSource(path), 24, max_pixels=10_000, max_words=3)
+    assert evalset.captions == [["a cat", "one two three", "a cat on"], ["a dog"]]
+    assert evalset.image_ids.tolist() == [0, 2]
+    assert evalset.images.shape == (2, 24, 24, 3) and evalset.images.dtype == np.uint8
+    expected = Image.fromarray(photo()).resize((24, 24), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(evalset.images[0], np.asarray(expected))
+    assert evalset.skipped == {"corrupt image": 1, "empty caption": 1}
+    assert evalset.converted == {"converted grayscale": 1}
+
+
+def test_eval_set_of_shapes_is_whole_and_in_order():
+    source = ShapesSource("heldout", 24, size=30)
+    evalset = iterate_eval_images(source, 24, max_pixels=10_000, max_words=50)
+    assert evalset.image_ids.tolist() == list(range(30))
+    np.testing.assert_array_equal(evalset.images[7], source[7]["image"])
+    assert evalset.captions[7] == source[7]["captions"]
+
+
+def test_eval_set_of_only_bad_examples():
+    with pytest.raises(RunStopped, match="none of 40 examples .* corrupt image 40"):
+        iterate_eval_images(Broken(bad=frozenset(range(40))), 24, 10_000, 50)

@@ -1,0 +1,143 @@
+"""AdamW against torch's, the schedule against its formula, the weight-decay mask by name."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from ml_collections import ConfigDict
+
+from jaxblip.errors import UserError
+from jaxblip.training.optimizer import learning_rate, make_optimizer, weight_decay_mask
+
+
+def config(**changes):
+    optimizer = dict(
+        peak_lr=1e-2, min_lr=1e-3, warmup_init_lr=1e-6, warmup_steps=5,
+        b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.05, clip_norm=0.0, accumulation_steps=1,
+    )  # fmt: skip
+    steps = changes.pop("steps", 30)
+    return ConfigDict({"steps": steps, "optimizer": optimizer | changes})
+
+
+def expected_rate(config, step):
+    o = config.optimizer
+    if step < o.warmup_steps:
+        return o.warmup_init_lr + (o.peak_lr - o.warmup_init_lr) * step / o.warmup_steps
+    done = (step - o.warmup_steps) / (config.steps - o.warmup_steps)
+    return o.min_lr + (o.peak_lr - o.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"warmup_steps": 0}, {"min_lr": 0.0}, {"steps": 6}])
+def test_the_learning_rate_follows_the_formula_at_every_step(changes):
+    c = config(**changes)
+    schedule = jax.jit(learning_rate(c))
+    for step in range(c.steps + 3):
+        expected = expected_rate(c, min(step, c.steps))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=2e-9)
+
+
+def test_the_paper_schedule_at_its_turning_points():
+    c = config(peak_lr=1e-4, min_lr=1e-5, warmup_steps=2000, steps=250_000)
+    schedule = learning_rate(c)
+    assert float(schedule(1000)) == pytest.approx(5.05e-5, rel=1e-3)
+    assert float(schedule(2000)) == pytest.approx(1e-4, rel=1e-6)
+    assert float(schedule(126_000)) == pytest.approx(5.5e-5, rel=1e-3)
+    assert float(schedule(250_000)) == pytest.approx(1e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("warmup_steps", [-1, 30, 31])
+def test_a_warmup_that_outlasts_the_run_is_refused(warmup_steps):
+    with pytest.raises(UserError, match=rf"warmup_steps={warmup_steps} .*steps=30"):
+        learning_rate(config(warmup_steps=warmup_steps))
+
+
+def test_weight_decay_goes_by_name_also_in_scanned_stacks():
+    layers, width, heads = 3, 8, 2
+    shapes = {
+        "vision": {
+            "layers": {
+                "attention": {
+                    "query": {"kernel": (layers, width, heads, 4), "bias": (layers, heads, 4)},
+                    "out": {"kernel": (layers, heads, 4, width), "bias": (layers, width)},
+                },
+                "attention_norm": {"scale": (layers, width), "bias": (layers, width)},
+            },
+            "position_embedding": (5, width),
+        },
+        "qformer": {
+            "query_tokens": (4, width),
+            "token_embedding": {"embedding": (11, width)},
+            "norm": {"scale": (width,), "bias": (width,)},
+        },
+        "itg_head": {"bias": (11,)},
+        "temperature": (),
+        "logit_scale": (),
+    }
+    params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    decayed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, yes in jax.tree.leaves_with_path(weight_decay_mask(params))
+        if yes
+    }
+    assert decayed == {
+        "vision/layers/attention/query/kernel",
+        "vision/layers/attention/out/kernel",
+        "vision/position_embedding",
+        "qformer/query_tokens",
+        "qformer/token_embedding/embedding",
+    }
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_updates_equal_those_of_torch_adamw(clip_norm):
+    c = config(clip_norm=clip_norm, weight_decay=0.3)
+    rng = np.random.default_rng(0)
+    start = {
+        "dense": {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)},
+        "norm": {"scale": rng.normal(size=3)},
+    }
+    start = jax.tree.map(lambda x: x.astype(np.float32), start)
+    optimizer, schedule = make_optimizer(c), learning_rate(c)
+    params = jax.tree.map(jnp.asarray, start)
+    state = optimizer.init(params)
+
+    leaves = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in jax.tree.leaves(start)]
+    decayed = jax.tree.leaves(weight_decay_mask(start))
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p, d in zip(leaves, decayed, strict=True) if d]},
+            {
+                "params": [p for p, d in zip(leaves, decayed, strict=True) if not d],
+                "weight_decay": 0.0,
+            },
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.3,
+    )
+    for step in range(20):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), start)
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params)
+        rate = schedule(step)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)  # noqa: B023
+
+        for leaf, grad in zip(leaves, jax.tree.leaves(grads), strict=True):
+            leaf.grad = torch.tensor(grad)
+        if clip_norm:
+            assert float(torch.nn.utils.clip_grad_norm_(leaves, clip_norm)) > clip_norm
+        for group in reference.param_groups:
+            group["lr"] = expected_rate(c, step)
+        reference.step()
+    for ours, theirs in zip(jax.tree.leaves(params), leaves, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=2e-6)
+
+
+def test_the_optimizer_state_holds_two_moments_and_one_count():
+    params = {"dense": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}}
+    state = make_optimizer(config()).init(params)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,), (4, 3), (4, 3)]
+    assert optax.tree.get(state, "mu")["dense"]["kernel"].dtype == jnp.float32
