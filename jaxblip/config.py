@@ -48,7 +48,7 @@ def default_config(task: str) -> ConfigDict:
     config.batch_size = 1680  # examples a step, over all devices
     config.compute_dtype = "bfloat16"  # of activations; parameters that train are float32
     config.frozen_dtype = "bfloat16"  # of parameters that do not train
-    config.frozen = _frozen_parts(task)  # path prefixes of the parameters that do not train
+    config.frozen = TASKS[task].frozen  # path prefixes of the parameters that do not train
     config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
     config.log_every_steps = 50  # steps between two lines of metrics
 
@@ -112,10 +112,6 @@ def default_config(task: str) -> ConfigDict:
         evaluation.max_new_tokens = 30  # longest generated text, tokens
         evaluation.min_new_tokens = 0  # shortest generated text, tokens
     return config
-
-
-def _frozen_parts(task: str) -> tuple[str, ...]:
-    return {"stage1": ("vision",), "stage2": ("vision", "language_model")}.get(task, ())
 
 
 def _model(task: str) -> ConfigDict:

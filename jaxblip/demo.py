@@ -10,6 +10,7 @@ from jaxblip.config import load_config
 from jaxblip.errors import UserError
 from jaxblip.evaluation.evaluate import Evaluation
 from jaxblip.evaluation.report import write_report
+from jaxblip.training.checkpoints import saved_steps
 from jaxblip.training.environment import describe_environment
 from jaxblip.training.loop import train
 from jaxblip.training.metrics import METRICS_FILE
@@ -49,6 +50,8 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
         print(f"\n$ jaxblip train --config={config} --workdir={workdir}{shown}", flush=True)
         metrics[phase] = train(load_config(config, overrides), workdir)
         seconds[phase] = round(time.perf_counter() - begin, 1)
+        if saved_steps(workdir)[-1] < load_config(config, overrides).steps:
+            return {}  # stopped by SIGTERM; the same command goes on
 
     begin = time.perf_counter()
     gallery = _gallery(str(folder / "stage2"))

@@ -8,7 +8,7 @@ from jaxblip.config import default_config
 from jaxblip.errors import UserError
 
 # COCO's training captions and Visual Genome's region descriptions: one epoch of LAVIS's example.
-LAVIS_EPOCH = 566_747 + 821_000
+LAVIS_EPOCH_EXAMPLES = 566_747 + 821_000
 LAVIS_EPOCHS = 10
 
 
@@ -22,7 +22,7 @@ def stage1(recipe, *, batch_size, vision):
     config.data.tokenizer = "bert-base-uncased"  # LAVIS adds [DEC], as the run does
     if recipe == "lavis":
         config.batch_size = 16 * 100  # GPUs x examples
-        config.steps = LAVIS_EPOCHS * LAVIS_EPOCH // config.batch_size
+        config.steps = LAVIS_EPOCHS * LAVIS_EPOCH_EXAMPLES // config.batch_size
         config.optimizer.warmup_steps = 5000
         # Ids are lost where COCO is mixed with Visual Genome, which has none (LAVIS#629).
         config.loss.use_image_id = False
@@ -41,14 +41,14 @@ def stage2(recipe, *, vision, language_model):
     config.data.stop_token = "\n"  # LAVIS blip2_opt.py: a caption ends with a newline
     if recipe == "lavis":
         config.batch_size = 16 * 64  # GPUs x examples
-        config.steps = LAVIS_EPOCHS * LAVIS_EPOCH // config.batch_size
+        config.steps = LAVIS_EPOCHS * LAVIS_EPOCH_EXAMPLES // config.batch_size
         config.optimizer.min_lr = 1e-5
     return config
 
 
 def _common(task, recipe, vision):
     if recipe not in ("", "paper", "lavis"):
-        raise UserError(f"There is no recipe {recipe!r}: they are 'paper' (the default) and 'lavis'.")
+        raise UserError(f"There is no recipe {recipe!r}: use 'paper' (the default) or 'lavis'.")
     config = default_config(task)
     config.model.vision.update(vision)
     # The Q-Former keeps the defaults of QFormerConfig, which are BLIP-2's (paper §3.1).

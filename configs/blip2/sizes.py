@@ -1,6 +1,6 @@
 """Sizes of the parts that BLIP-2 joins (paper §3.4; widths as in the released weights)."""
 
-# EVA-CLIP ViT-g/14 without its last block (paper §3.1: the one before is a little better) and
+# EVA-CLIP ViT-g/14 without its last block (paper: the output of the one before is better) and
 # without final norm; LAVIS eva_vit.py. EVA's keys have no bias.
 EVA_VIT_G = dict(
     patch_size_px=14, width=1408, num_layers=39, num_heads=16, mlp_width=6144,

@@ -1,4 +1,4 @@
-"""CLIP ViT-B/16 as in arXiv 2103.00020, tables 18 to 20.
+"""CLIP ViT-B/16 trained as in arXiv 2103.00020.
 
 "from memory" marks a value of the published tables that has not been looked up again.
 """

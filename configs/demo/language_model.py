@@ -7,6 +7,6 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("language_model")
     common.set_shapes(config)
-    config.steps = 300
+    config.steps = 150
     config.optimizer.peak_lr = 2e-3
     return config

@@ -7,7 +7,7 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("clip")
     common.set_shapes(config)
-    config.steps = 600
+    config.steps = 250
     config.optimizer.peak_lr = 1e-3
     config.model.embed_dim = 64
     config.model.text.update(

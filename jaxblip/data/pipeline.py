@@ -8,6 +8,9 @@ and any batch size, and sees what it would have seen.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -148,6 +151,20 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Ends this worker when the process that started it dies, be it by SIGKILL.
+
+    Grain's workers would wait for it for ever, and hold its terminal and its memory.
+    """
+    del worker_index, worker_count
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """Endless shuffled batches of this process, `{field: [batch_size / process_count, ...]}`.
 
@@ -221,7 +238,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=num_workers, per_worker_buffer_size=prefetch
-                )
+                ),
+                worker_init_fn=_end_with_parent,
             )
         self._iterator = iter(dataset)
 

@@ -59,7 +59,7 @@ class Decoder(Protocol):
         """Reads new token number `index` (from 0) of each row; scores the one after it."""
 
     def reorder(self, state: Any, parents: Int[Array, "batch beams"]) -> Any:
-        """The state in which beam j of a row of the batch continues its former beam `parents[j]`."""
+        """The state in which beam j of each row continues that row's former beam `parents[j]`."""
 
 
 def greedy_search(

@@ -52,6 +52,16 @@ class Evaluation:
         }[self.task.config.task]
         return measure(params, frozen)
 
+    def describe(self) -> str:
+        """The set in one line, with what was left out of it."""
+        captions = sum(len(captions) for captions in self.set.captions)
+        text = f"Evaluation set: {len(self.set.images)} images with {captions} captions"
+        for what, counter in (("skipped", self.set.skipped), ("converted", self.set.converted)):
+            if counter:
+                reasons = ", ".join(f"{name} {count}" for name, count in counter.most_common())
+                text += f"; {what}: {reasons}"
+        return text + "."
+
     def _contrastive_retrieval(self, params: Params, frozen: Params) -> Metrics:
         texts, image_of_text = self._flat_captions()
         images = self._map(self.task.embed_images, params, frozen, self.set.images)

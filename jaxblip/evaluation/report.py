@@ -39,7 +39,7 @@ _LABELS = {
     "caption_exact": "captions equal to a reference",
     "bleu4": "BLEU-4 (0–100)",
     "learning_rate": "learning rate",
-    "images_per_second": "images per second",
+    "images_per_s": "images per second",
     "data_wait_share": "share of time waiting for data",
 }
 
@@ -210,7 +210,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, dict[int, float]], int]:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 found.setdefault(name, {})[step] = float(value)
-    order = ("train/loss", "train/", "eval/", "learning_rate", "images_per_second")
+    order = ("train/loss", "train/", "eval/", "learning_rate", "images_per_s")
 
     def place(name: str) -> int:
         return next((at for at, start in enumerate(order) if name.startswith(start)), len(order))
@@ -257,7 +257,7 @@ def _curve(name: str, points: Mapping[int, float], prefix: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if _unit(name) in ("recall", "share"):
             axes.set_ylim(0, 1.02)
-        elif name in ("learning_rate", "images_per_second"):
+        elif name in ("learning_rate", "images_per_s"):
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         buffer = io.StringIO()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import causal_mask
-from jaxblip.models.layers import PreNormBlock, l2_normalize, layer_norm, scan_layers
+from jaxblip.models.layers import PreNormBlock, check_heads, l2_normalize, layer_norm, scan_layers
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
 MAX_LOG_SCALE = math.log(100.0)  # §2.5: logits are never scaled by more than 100
@@ -30,6 +30,9 @@ class ClipTextConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     remat: bool = False
+
+    def __post_init__(self):
+        check_heads(self)
 
 
 class ClipTextTower(nn.Module):

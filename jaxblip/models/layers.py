@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -199,6 +201,15 @@ class PreNormBlock(nn.Module):
             self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp"
         )(normed)
         return x + dropout(update), cache
+
+
+def check_heads(config: Any) -> None:
+    """Raises UserError unless the heads of a model config divide its width."""
+    if config.num_heads < 1 or config.width % config.num_heads:
+        raise UserError(
+            f"{type(config).__name__}: num_heads={config.num_heads} does not divide "
+            f"width={config.width}; set one to fit the other."
+        )
 
 
 def scan_layers(block: type[nn.Module], length: int, *, remat: bool, in_axes=nn.broadcast):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import Mask
-from jaxblip.models.layers import KeyValues, PreNormBlock, layer_norm, scan_layers
+from jaxblip.models.layers import KeyValues, PreNormBlock, check_heads, layer_norm, scan_layers
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 
@@ -31,6 +31,9 @@ class OptConfig:
     dropout: float = 0.0
     initializer_range: float = 0.02
     remat: bool = False
+
+    def __post_init__(self):
+        check_heads(self)
 
 
 class OptLanguageModel(nn.Module):

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask
 from jaxblip.models.bert import TextEmbeddings
 from jaxblip.models.layers import (
@@ -27,6 +28,7 @@ from jaxblip.models.layers import (
     FeedForward,
     KeyValueProjection,
     KeyValues,
+    check_heads,
     layer_norm,
     scan_layers,
 )
@@ -55,6 +57,14 @@ class QFormerConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
     remat: bool = False
+
+    def __post_init__(self):
+        check_heads(self)
+        if self.num_layers % self.cross_attention_frequency:
+            raise UserError(
+                f"QFormerConfig: num_layers={self.num_layers} must be a multiple of "
+                f"cross_attention_frequency={self.cross_attention_frequency}."
+            )
 
     @property
     def num_groups(self) -> int:

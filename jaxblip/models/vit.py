@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxblip.models.layers import PreNormBlock, layer_norm, scan_layers
+from jaxblip.errors import UserError
+from jaxblip.models.layers import PreNormBlock, check_heads, layer_norm, scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,14 @@ class VitConfig:
     key_bias: bool = True
     initializer_range: float = 0.02
     remat: bool = False
+
+    def __post_init__(self):
+        check_heads(self)
+        if self.image_size_px % self.patch_size_px:
+            raise UserError(
+                f"Images of {self.image_size_px} px cannot be cut into patches of "
+                f"patch_size_px={self.patch_size_px}: set data.image_size_px to a multiple of it."
+            )
 
     @property
     def num_tokens(self) -> int:

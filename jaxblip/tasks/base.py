@@ -13,8 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
+from jaxblip.errors import UserError
+
 Params = dict[str, Any]
 Batch = dict[str, Array]
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 # Mean and standard deviation of the pixels, as in CLIP; all encoders of the family use them.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,15 +46,33 @@ class Task(abc.ABC):
 
     Attributes:
       fields: the batch fields that the loss reads.
+      frozen: path prefixes of the parameters that do not train, unless the config says otherwise.
       model: the network; its parameter tree has the parts `vision`, `qformer`, … on top.
     """
 
     fields: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
 
     def __init__(self, config: ConfigDict):
+        """Builds the network; UserError where the fields of `config` do not fit each other."""
         self.config = config
+        self._check()
         self.model = self.build_model()
+
+    def _check(self) -> None:
+        for field in ("compute_dtype", "frozen_dtype"):
+            if self.config[field] not in DTYPES:
+                raise UserError(
+                    f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
+                )
+        length = self.config.data.max_text_tokens
+        for section, model in self.config.model.items():
+            if "max_positions" in getattr(model, "keys", tuple)() and model.max_positions < length:
+                raise UserError(
+                    f"data.max_text_tokens={length} is more than config.model.{section}."
+                    f"max_positions={model.max_positions}: lower the first or raise the second."
+                )
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:

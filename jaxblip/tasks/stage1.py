@@ -17,6 +17,7 @@ class Stage1Task(Task):
     """The three losses of BLIP-2 §3.2 in one function, over the global batch."""
 
     fields = ("image", "text_ids", "text_mask", "image_id")
+    frozen = ("vision",)
 
     def build_model(self) -> Blip2Stage1:
         config = self.config

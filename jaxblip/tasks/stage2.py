@@ -17,6 +17,7 @@ class Stage2Task(Task):
     """Language-modelling loss on the text after the visual tokens (BLIP-2 §3.3)."""
 
     fields = ("image", "text_ids", "text_mask", "prompt_length")
+    frozen = ("vision", "language_model")
 
     def build_model(self) -> Blip2Stage2:
         config = self.config

@@ -110,7 +110,9 @@ class Checkpoints:
             metrics=None if metrics is None else _finite(metrics),
         )
 
-    def restore(self, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
+    def restore(
+        self, abstract_state: TrainState, step: int | None = None
+    ) -> tuple[TrainState, Any]:
         """Reads (state, data state), onto the devices that `abstract_state` names.
 
         Args:
@@ -262,7 +264,7 @@ def fingerprint(tree: Any) -> str:
     """Hexadecimal digest of a tree's paths, shapes, dtypes and bits.
 
     It depends on nothing else: not on the sharding, the mesh or the number of processes. Sums run
-    where the shards are, so that no array is gathered. A guard against mix-ups, not against forgery.
+    where the shards are, so that no array is gathered. A guard against mix-ups, not forgery.
     """
     leaves = jax.tree.leaves_with_path(tree)
     meshes = [

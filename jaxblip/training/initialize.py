@@ -36,7 +36,7 @@ References = dict[str, dict[str, str]]
 
 def abstract_params(task: Task) -> tuple[Params, Params]:
     """Shapes of the trainable and of the frozen parameters; nothing is computed."""
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     trainable, frozen = split_params(shapes, tuple(task.config.frozen))
     return trainable, jax.eval_shape(lambda t: cast_frozen(t, task.config.frozen_dtype), frozen)
 

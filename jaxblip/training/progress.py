@@ -52,7 +52,7 @@ class Throughput:
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait_share` in [0, 1] and `seconds_per_step`; begins a new interval.
+        """`images_per_s`, `data_wait_share` in [0, 1], `seconds_per_step`; begins a new interval.
 
         Empty where no step was counted, as in the interval of the compilation.
         """

@@ -13,6 +13,7 @@ import torch
 from jaxblip.decoding import DecodingConfig, generate
 from jaxblip.errors import UserError
 from jaxblip.models.opt import OptConfig, OptLanguageModel
+from jaxblip.sharding import make_mesh, put_batch, tree_shardings
 from tests.decoding.slow import slow_generate
 from tests.reference import opt_params, random_opt
 
@@ -106,7 +107,8 @@ def test_padding_side_does_not_matter(num_beams):
     search = config(num_beams)
     expected = run(params, prefix, left, search)
 
-    moved, right = np.full_like(prefix, 3.0), left[:, ::-1]  # values at padding must not matter either
+    right = left[:, ::-1]
+    moved = np.full_like(prefix, 3.0)  # values at padding must not matter either
     scattered, gaps = np.full_like(prefix, -2.0), np.zeros_like(left)
     for row, length in enumerate(LENGTHS):
         moved[row, :length] = prefix[row, PREFIX - length :]
@@ -146,6 +148,17 @@ def test_one_compilation_for_all_inputs_of_a_shape(num_beams):
         results.append(np.asarray(traced(params, prefix, valid)))
     assert len(traces) == 1
     assert (results[0] != results[1]).any()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_same_tokens_on_several_devices(num_beams):
+    _, params, prefix, valid = example()
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    expected = run(params, prefix, valid, config(num_beams))
+    params = jax.device_put(params, tree_shardings(params, mesh))
+    batch = put_batch({"prefix": prefix, "valid": valid}, mesh)
+    ids = run(params, batch["prefix"], batch["valid"], config(num_beams))
+    np.testing.assert_array_equal(ids, expected)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

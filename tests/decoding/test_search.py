@@ -48,7 +48,7 @@ def search(model, first_tokens, **fields):
 
 
 def test_greedy_takes_the_best_token_and_beam_search_the_best_sequence():
-    # After 1, token 2 is likelier than 3; but what follows 2 is uncertain and what follows 3 is not.
+    # After 1, token 2 is likelier than 3; but only what follows 3 is certain.
     model = chain(
         t1={2: 0.6, 3: 0.4}, t2={4: 0.5, 5: 0.5}, t3={STOP: 1.0}, t4={STOP: 1.0}, t5={STOP: 1.0}
     )
@@ -84,3 +84,19 @@ def test_loop_ends_when_all_rows_have_stopped(num_beams):
         assert certain.steps == 19
     assert ids[0] == [2, 3, STOP] + [PAD] * 17
     assert set(ids[1]) <= {STOP, 4, 5} and (num_beams > 1 or STOP not in ids[1])
+
+
+def test_a_row_that_is_done_stays_as_it_is_while_others_go_on():
+    # Two sequences finish, and the running 3, 4 (0.2) is behind them at its present length: done.
+    # Left alone it would become 3, 4, 5, stop, and win by its length.
+    model = chain(
+        t1={STOP: 0.5, 2: 0.3, 3: 0.2},
+        t2={STOP: 0.9, 4: 0.1},
+        t3={4: 1.0},
+        t4={5: 1.0},
+        t5={STOP: 1.0},
+        t6={6: 1.0},
+    )
+    alone = search(model, [1], num_beams=2, length_penalty=1.0)
+    assert alone == [[2, STOP, PAD, PAD, PAD, PAD]]
+    assert search(model, [1, 6], num_beams=2, length_penalty=1.0)[0] == alone[0]

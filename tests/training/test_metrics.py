@@ -27,7 +27,8 @@ def events(workdir):
 
 def test_each_line_is_a_json_object_with_plain_numbers(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.write(3, {"loss": jnp.float32(0.5), "skipped": jnp.int32(2), "rate": np.float64(1.5)})
+        values = {"loss": jnp.float32(0.5), "skipped": jnp.int32(2), "rate": np.float64(1.5)}
+        writer.write(3, values)
         # Visible at once, without close: a killed process loses no line.
         (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert json.loads(line) == {"step": 3, "loss": 0.5, "skipped": 2, "rate": 1.5}

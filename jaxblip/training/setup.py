@@ -1,0 +1,96 @@
+"""What a training run consists of, before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxblip import sharding
+from jaxblip.config import MAY_CHANGE_ON_RESUME
+from jaxblip.data import inputs
+from jaxblip.data.samples import Source
+from jaxblip.data.tokenizers import save_tokenizer
+from jaxblip.tasks import Task, make_task
+from jaxblip.training import checkpoints, environment
+from jaxblip.training.checkpoints import Checkpoints
+from jaxblip.training.initialize import abstract_params, initial_trainable
+from jaxblip.training.optimizer import learning_rate, make_optimizer
+from jaxblip.training.state import Params, TrainState
+from jaxblip.training.step import Step, jit_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that follow from its config."""
+
+    config: ConfigDict  # with the fields that the tokenizer decides
+    workdir: str
+    mesh: Mesh
+    source: Source
+    tokenizer: Any
+    task: Task
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+
+def prepare(config: ConfigDict, workdir: str) -> Setup:
+    """Checks all that can be wrong, the cheapest first; compiles and writes nothing.
+
+    Raises:
+      UserError: config, data source, tokenizer or work directory cannot be used.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh, config.optimizer.accumulation_steps)
+    schedule, optimizer = learning_rate(config), make_optimizer(config)
+    source = inputs.open_train_source(config)
+    tokenizer = inputs.run_tokenizer(config, workdir, source)
+    config = inputs.with_vocabulary(config, tokenizer)
+    checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
+    task = make_task(config)
+    abstract_params(task)  # shapes that do not fit each other, frozen parts that do not exist
+    return Setup(config, workdir, mesh, source, tokenizer, task, schedule, optimizer)
+
+
+def write_description(setup: Setup) -> None:
+    """Config, environment and tokenizer into the work directory, by process 0."""
+    if jax.process_index() == 0:
+        checkpoints.save_config(setup.workdir, setup.config.to_dict())
+        environment.save_environment(setup.workdir)
+        save_tokenizer(setup.tokenizer, Path(setup.workdir) / inputs.TOKENIZER_FOLDER)
+
+
+def begin_or_resume(setup: Setup, saved: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state on the mesh, and the position in the data (None at the beginning)."""
+
+    def create(params: Params) -> TrainState:
+        return TrainState.create(params, setup.optimizer, jax.random.key(setup.config.seed))
+
+    shapes = jax.eval_shape(create, abstract_params(setup.task)[0])
+    shardings = sharding.tree_shardings(shapes, setup.mesh)
+    if saved.latest_step() is None:
+        params = initial_trainable(setup.task, setup.mesh)
+        return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params), None
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    return saved.restore(abstract)
+
+
+def compiled_step(setup: Setup, state: TrainState, frozen: Params) -> Step:
+    """The training step for this state on this mesh; it compiles at its first call."""
+    return jit_step(
+        make_train_step(
+            setup.task, setup.optimizer, setup.schedule, setup.config.optimizer.accumulation_steps
+        ),
+        sharding.tree_shardings(state, setup.mesh),
+        sharding.tree_shardings(frozen, setup.mesh),
+        sharding.batch_sharding(setup.mesh),
+    )

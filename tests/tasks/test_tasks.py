@@ -1,0 +1,407 @@
+"""Each task's loss against one written out in full, and what a step does with its frozen parts."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from tiny_tasks import (
+    COMPILER_OPTIONS,
+    DEC,
+    LANGUAGE_MODEL_MLP,
+    QUERIES,
+    ROWS,
+    TASK_NAMES,
+    TEXT,
+    VISION_MLP,
+    VISION_WIDTH,
+    VOCAB,
+    WIDTH,
+    fast_jit,
+    random_batch,
+    random_params,
+    start,
+    tiny_config,
+)
+
+from jaxblip import sharding
+from jaxblip.losses.matching import sample_hard_negatives
+from jaxblip.models.attention import (
+    bidirectional_mask,
+    multimodal_causal_mask,
+    unimodal_mask,
+)
+from jaxblip.tasks import make_task
+
+FIELDS = {
+    "clip": {"image", "text_ids", "text_mask", "image_id"},
+    "language_model": {"text_ids", "text_mask"},
+    "stage1": {"image", "text_ids", "text_mask", "image_id"},
+    "stage2": {"image", "text_ids", "text_mask", "prompt_length"},
+}
+SMOOTHING = 0.1
+
+# The losses in full, one row, one pass and one pair after the other.
+
+
+def pixels(batch):
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    return jnp.asarray((batch["image"] / 255.0 - mean) / std, jnp.float32)
+
+
+def normalized(x):
+    return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
+def linear(params, x):
+    return x @ params["kernel"] + params.get("bias", 0.0)
+
+
+def contrast(image, text, scale, image_id, smoothing, other):
+    """`image` has queries: `[rows, queries, embed]`; `other` is what the gather does."""
+    total = 0.0
+    for i in range(ROWS):
+        same = [j for j in range(ROWS) if image_id[j] == image_id[i]]
+        target = np.full(ROWS, smoothing / ROWS)
+        target[same] += (1 - smoothing) / len(same)
+        of_image = jnp.max(image[i] @ other(text).T, axis=0) * scale
+        of_text = jnp.max(other(image) @ text[i], axis=1) * scale
+        for logits in (of_image, of_text):
+            total -= jnp.sum(target * (logits - jax.nn.logsumexp(logits)))
+    return total / (2 * ROWS)
+
+
+def token_loss(logits, targets, counts, smoothing=0.0):
+    """`logits[row, t]` scores `targets[row, t]`."""
+    logits, targets = logits[np.nonzero(counts)], targets[counts]
+    one_hot = np.eye(VOCAB)[targets]
+    wanted = (1 - smoothing) * one_hot + smoothing / VOCAB
+    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return -jnp.sum(wanted * log_probs) / len(targets)
+
+
+def plain_clip(task, params, batch):
+    image, text = task.model.apply(
+        {"params": params}, pixels(batch), batch["text_ids"], batch["text_mask"]
+    )
+    scale = jnp.exp(params["logit_scale"])
+    return contrast(image[:, None], text, scale, batch["image_id"], 0.0, lambda x: x)
+
+
+def plain_language_model(task, params, batch):
+    logits = task.model.apply({"params": params}, batch["text_ids"], batch["text_mask"])
+    counts = batch["text_mask"].copy()
+    counts[:, 0] = False  # BOS is given
+    shifted = np.roll(batch["text_ids"], -1, axis=1)
+    return token_loss(logits, shifted, np.roll(counts, -1, axis=1))
+
+
+def plain_stage1(task, params, batch):
+    """Three passes for matching, one for contrast and one for generation."""
+    ids, valid, image_id = batch["text_ids"], batch["text_mask"], batch["image_id"]
+
+    def apply(function):
+        return task.model.apply({"params": params}, method=function)
+
+    def hidden(features, ids, valid, make_mask):
+        def passes(model):
+            image = model.read_image(features)
+            return model.qformer(image, ids, make_mask(QUERIES, jnp.asarray(valid)))
+
+        return apply(passes)
+
+    features = apply(lambda model: model.vision_norm(model.vision(pixels(batch))))
+
+    unimodal = hidden(features, ids, valid, unimodal_mask)
+    image = normalized(linear(params["image_projection"], unimodal[:, :QUERIES]))
+    text = normalized(linear(params["text_projection"], unimodal[:, QUERIES]))
+    scale = 1 / params["temperature"]
+    itc = contrast(image, text, scale, image_id, SMOOTHING, jax.lax.stop_gradient)
+
+    scores = jnp.max(image[:, None] @ text[None, :, :, None], axis=(2, 3)) * scale
+    image_key, text_key = jax.random.split(jax.random.key(0))
+    texts, _ = sample_hard_negatives(text_key, scores, jnp.asarray(image_id))
+    images, _ = sample_hard_negatives(image_key, scores.T, jnp.asarray(image_id))
+    ids, valid = jnp.asarray(ids), jnp.asarray(valid)
+    pairs = [
+        (features, ids, valid, 1),
+        (features[images], ids, valid, 0),
+        (features, ids[texts], valid[texts], 0),
+    ]
+    itm = 0.0
+    for features_of_pair, ids_of_pair, valid_of_pair, label in pairs:
+        queries = hidden(features_of_pair, ids_of_pair, valid_of_pair, bidirectional_mask)
+        logits = jnp.mean(linear(params["itm_head"], queries[:, :QUERIES]), axis=1)
+        itm -= jnp.sum(logits[:, label] - jax.nn.logsumexp(logits, axis=1)) / (3 * ROWS)
+
+    decoder_ids = jnp.concatenate([jnp.full((ROWS, 1), DEC), ids[:, 1:]], axis=1)
+    decoded = hidden(features, decoder_ids, valid, multimodal_causal_mask)[:, QUERIES:]
+    head = params["itg_head"]
+    x = linear(head["dense"], decoded)
+    x = x * (1 + jax.scipy.special.erf(x / math.sqrt(2))) / 2
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+    x = x * head["norm"]["scale"] + head["norm"]["bias"]
+    words = params["qformer"]["text_embeddings"]["token_embedding"]["embedding"]
+    logits = x @ words.T + head["bias"]
+    itg = token_loss(
+        logits[:, :-1], batch["text_ids"][:, 1:], batch["text_mask"][:, 1:], SMOOTHING
+    )
+    weights = task.config.loss
+    return weights.itc_weight * itc + weights.itm_weight * itm + weights.itg_weight * itg
+
+
+def plain_stage2(task, params, batch):
+    logits = task.model.apply(
+        {"params": params}, pixels(batch), batch["text_ids"], batch["text_mask"]
+    )
+    counts = batch["text_mask"].copy()
+    for row, length in enumerate(batch["prompt_length"]):
+        counts[row, :length] = False
+    return token_loss(logits, batch["text_ids"], counts)
+
+
+PLAIN = {
+    "clip": plain_clip,
+    "language_model": plain_language_model,
+    "stage1": plain_stage1,
+    "stage2": plain_stage2,
+}
+
+
+@functools.cache
+def made(name):
+    """The task, random parameters and a batch."""
+    config = tiny_config(name)
+    if name == "stage1":
+        config.loss.update(itc_weight=2.0, itm_weight=0.5, itg_weight=3.0)
+    task = make_task(config)
+    return task, random_params(task), random_batch(task)
+
+
+@functools.cache
+def jitted_loss(name):
+    task, _, _ = made(name)
+    return fast_jit(task.loss)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_the_loss_and_its_gradient_are_those_written_out(name):
+    task, params, batch = made(name)
+
+    def plain(params):
+        return PLAIN[name](task, params, batch)
+
+    def loss(params):
+        return task.loss(params, jax.tree.map(jnp.asarray, batch), None).loss
+
+    value, grads = fast_jit(jax.value_and_grad(loss))(params)
+    expected, expected_grads = fast_jit(jax.value_and_grad(plain))(params)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        # Relative to the leaf; leaves whose gradient is zero but for rounding, to the largest.
+        error = np.linalg.norm(ours - theirs)
+        bound = 1e-5 * np.linalg.norm(theirs) + 1e-6 * size
+        assert error <= bound, jax.tree_util.keystr(path)
+
+
+def test_stage1_reports_its_parts():
+    _, params, batch = made("stage1")
+    output = jitted_loss("stage1")(params, batch, None)
+    parts = {name: float(output.metrics[name]) for name in ("itc", "itm", "itg")}
+    assert min(parts.values()) > 0.1
+    expected = 2 * parts["itc"] + 0.5 * parts["itm"] + 3 * parts["itg"]
+    assert float(output.loss) == pytest.approx(expected, rel=1e-6)
+    assert float(output.metrics["temperature"]) == pytest.approx(float(params["temperature"]))
+    assert 0 < float(output.metrics["itm_accuracy"]) < 1
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_the_weight_is_what_the_loss_is_a_mean_over(name):
+    _, params, batch = made(name)
+    given = {"language_model": np.ones(ROWS), "stage2": batch.get("prompt_length")}
+    expected = ROWS
+    if name in given:
+        expected = np.maximum(batch["text_mask"].sum(axis=1) - given[name], 0).sum()
+    assert float(jitted_loss(name)(params, batch, None).weight) == expected
+
+
+@pytest.mark.parametrize("prompt", [0, 2, TEXT])
+def test_prompt_tokens_carry_no_loss_in_stage2(prompt):
+    _, params, batch = made("stage2")
+    mask = np.ones((ROWS, TEXT), bool)
+    batch = batch | {"text_mask": mask, "prompt_length": np.full(ROWS, prompt, np.int32)}
+    output = jitted_loss("stage2")(params, batch, None)
+    assert float(output.weight) == ROWS * (TEXT - prompt)
+    # Without a prompt, the first token (BOS) is a target, predicted from the last query.
+    assert (float(output.loss) == 0.0) == (prompt == TEXT)
+
+
+def test_language_model_sums_of_each_text():
+    task, params, batch = made("language_model")
+    sums = fast_jit(task.token_sums)(params, batch["text_ids"], batch["text_mask"])
+    logits = np.asarray(
+        fast_jit(task.apply)(params, batch["text_ids"], batch["text_mask"]), np.float64
+    )
+    for row in range(ROWS):
+        expected = np.zeros(3)
+        for t in range(1, batch["text_mask"][row].sum()):
+            scores, target = logits[row, t - 1], batch["text_ids"][row, t]
+            loss = np.log(np.exp(scores).sum()) - scores[target]
+            expected += [loss, scores.argmax() == target, 1]
+        np.testing.assert_allclose(sums[row], expected, rtol=1e-4)
+
+
+# Fields and parameters
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_batch_shapes_are_those_of_the_fields(name):
+    task, _, batch = made(name)
+    shapes = task.batch_shapes(ROWS)
+    assert set(task.fields) == set(shapes) == FIELDS[name]
+    described = {field: (array.shape, array.dtype) for field, array in batch.items()}
+    assert {field: (shape.shape, shape.dtype) for field, shape in shapes.items()} == described
+
+
+@pytest.mark.parametrize("log_scale, expected", [(10.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)])
+def test_the_logit_scale_of_clip_is_clamped(log_scale, expected):
+    task, params, _ = made("clip")
+    constrained = task.constrain({**params, "logit_scale": jnp.float32(log_scale)})
+    assert float(constrained["logit_scale"]) == pytest.approx(expected)
+    assert constrained["vision"] is params["vision"]
+    frozen_scale = {"vision": params["vision"]}
+    assert task.constrain(frozen_scale) == frozen_scale
+
+
+def test_the_temperature_of_stage1_is_not_clamped():
+    task, _, _ = made("stage1")
+    assert task.constrain({"temperature": 1e3}) == {"temperature": 1e3}
+
+
+# Dropout
+
+
+def keyed_losses(name, metric, **dropout):
+    """The metric with two keys, the first of them twice, under the given dropout rates."""
+    config = tiny_config(name)
+    for section, rates in dropout.items():
+        config.model[section].update(rates)
+    loss = fast_jit(make_task(config).loss)
+    _, params, batch = made(name)
+    return [
+        float(loss(params, batch, jax.random.key(seed)).metrics[metric]) for seed in (0, 0, 1)
+    ]
+
+
+def loss_without_key(name, metric):
+    _, params, batch = made(name)
+    return float(jitted_loss(name)(params, batch, None).metrics[metric])
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "dropout"),
+    [
+        # Metrics that do not depend on which negatives are drawn.
+        ("stage1", "itg", {"qformer": {"hidden_dropout": 0.3}}),
+        ("stage1", "itc", {"qformer": {"attention_dropout": 0.3}}),
+        ("stage2", "lm", {"qformer": {"hidden_dropout": 0.3}}),
+        ("language_model", "lm", {"language_model": {"dropout": 0.3}}),
+    ],
+)
+def test_a_key_switches_dropout_on(name, metric, dropout):
+    first, again, other = keyed_losses(name, metric, **dropout)
+    assert first == again
+    without = loss_without_key(name, metric)
+    assert len({round(value, 4) for value in (without, first, other)}) == 3
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_without_a_key_there_is_no_dropout(name):
+    config = tiny_config(name)
+    config.model.qformer.update(hidden_dropout=0.3, attention_dropout=0.3)
+    _, params, batch = made(name)
+    metrics = fast_jit(make_task(config).loss)(params, batch, None).metrics
+    metric = {"stage1": "itg", "stage2": "lm"}[name]
+    assert float(metrics[metric]) == pytest.approx(loss_without_key(name, metric), rel=1e-6)
+
+
+def test_a_frozen_language_model_has_no_dropout():
+    keyed = keyed_losses("stage2", "lm", language_model={"dropout": 0.5})
+    assert keyed == pytest.approx([loss_without_key("stage2", "lm")] * 3, rel=1e-5)
+
+
+# Frozen parts in the step
+
+
+def product_shapes(jaxpr) -> set[tuple[int, ...]]:
+    """Shapes of the results of all matrix products, inner jaxprs included."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.add(equation.outvars[0].aval.shape)
+        for inner in jaxprs_in_params(equation.params):
+            found |= product_shapes(inner)
+    return found
+
+
+def trained_kernels(name, frozen):
+    """Which of the parts' feed-forward kernels a step computes a gradient of."""
+    config = tiny_config(name)
+    config.frozen = frozen
+    step, state, frozen_params, _, task = start(config, {})
+    jaxpr = jax.make_jaxpr(step)(state, frozen_params, random_batch(task))
+    shapes = product_shapes(jaxpr.jaxpr)
+    kernels = {
+        "vision": (VISION_WIDTH, VISION_MLP),
+        "language_model": (WIDTH, LANGUAGE_MODEL_MLP),
+    }
+    return {part for part, kernel in kernels.items() if shapes & {kernel, kernel[::-1]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("clip", ("vision",)),
+        ("stage1", ("vision",)),
+        ("stage2", ("vision", "language_model")),
+        ("stage2", ("language_model",)),
+    ],
+)
+def test_no_gradient_of_a_frozen_part_is_computed(name, frozen):
+    parts = {"vision", "language_model"} if name == "stage2" else {"vision"}
+    if name == "clip":
+        parts.add("language_model")  # the text tower, which is as wide
+    assert trained_kernels(name, frozen) == parts - set(frozen)
+    assert trained_kernels(name, ()) == parts
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_steps_leave_frozen_parts_as_they_are_and_move_the_rest(name):
+    config = tiny_config(name)
+    config.frozen_dtype = "bfloat16"
+    step, state, frozen, mesh, task = start(config, {})
+    before, trained = bits(frozen), dict(jax.tree.leaves_with_path(jax.device_get(state.params)))
+    assert set(frozen) == set(config.frozen) and not set(frozen) & set(state.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    batches = [sharding.put_batch(random_batch(task, i), mesh) for i in range(2)]
+    step = step.lower(state, frozen, batches[0]).compile(compiler_options=COMPILER_OPTIONS)
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
+    assert np.isfinite(metrics["loss"]) and int(metrics["skipped_total"]) == 0
+    assert bits(frozen) == before
+    for path, leaf in jax.tree.leaves_with_path(state.params):
+        assert not np.array_equal(leaf, trained[path]), jax.tree_util.keystr(path)

@@ -1,0 +1,228 @@
+"""Every shipped config, and what `load_config` says of wrong fields and values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from jaxblip.config import default_config, field_names, load_config
+from jaxblip.errors import UserError
+from jaxblip.tasks import TASKS, make_task
+from jaxblip.training.initialize import abstract_params
+from jaxblip.training.optimizer import learning_rate, make_optimizer
+
+FOLDER = Path(__file__).parents[1] / "configs"
+VOCABULARY = 30_523
+
+
+def imported_by_neighbours(file: Path) -> bool:
+    """Whether a file is a module that other configs share, and no config itself."""
+    imports = re.compile(rf"^(import|from) {file.stem}\b", re.MULTILINE)
+    return any(imports.search(other.read_text()) for other in file.parent.glob("*.py"))
+
+
+SHIPPED = [file for file in sorted(FOLDER.rglob("*.py")) if not imported_by_neighbours(file)]
+NAMES = [str(file.relative_to(FOLDER)) for file in SHIPPED]
+
+
+def load(name: str, *overrides: str) -> ConfigDict:
+    return load_config(str(FOLDER / name), overrides)
+
+
+def test_there_are_configs():
+    assert {"blip2/stage1_vit_g.py", "clip/vit_b_16.py", "demo/stage2.py"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_loads_locked_and_builds_its_task(name):
+    config = load(name)
+    assert config.is_locked and config.model.is_locked
+    # No field but the known ones, nor one less.
+    assert field_names(config) == field_names(default_config(config.task))
+    for section in config.model.values():
+        if isinstance(section, ConfigDict) and section.get("vocab_size") == 0:
+            section.vocab_size = VOCABULARY
+    task = make_task(config)
+    trainable, frozen = abstract_params(task)
+    assert trainable and set(frozen) == set(config.frozen)
+    state = jax.eval_shape(make_optimizer(config).init, trainable)
+    assert jax.tree.leaves(state)
+    rate = learning_rate(config)
+    assert float(rate(config.optimizer.warmup_steps)) == pytest.approx(config.optimizer.peak_lr)
+    assert float(rate(config.steps)) == pytest.approx(config.optimizer.min_lr)
+
+
+STAGE1 = ("blip2/stage1_vit_g.py", "blip2/stage1_vit_l.py")
+STAGE2 = tuple(name for name in NAMES if name.startswith("blip2/stage2"))
+
+
+@pytest.mark.parametrize("name", [*STAGE1, *STAGE2])
+def test_the_papers_values_are_the_default(name):
+    config = load(name)
+    optimizer = config.optimizer
+    assert config == load(f"{name}:paper")
+    assert config.steps == (250_000 if name in STAGE1 else 80_000)
+    batch_sizes = dict(zip(STAGE1, (1680, 2320), strict=True))
+    assert config.batch_size == batch_sizes.get(name, 1920)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.98, 0.05)
+    assert (optimizer.peak_lr, optimizer.warmup_steps) == (1e-4, 2000)
+    assert optimizer.min_lr == (1e-5 if name in STAGE1 else 5e-5)
+    assert (config.data.image_size_px, config.data.max_text_tokens) == (224, 32)
+
+
+@pytest.mark.parametrize("name", [*STAGE1, *STAGE2])
+def test_the_repositorys_values_are_a_variant(name):
+    config = load(f"{name}:lavis")
+    optimizer = config.optimizer
+    assert config.batch_size == (1600 if name in STAGE1 else 1024)
+    assert optimizer.warmup_steps == (5000 if name in STAGE1 else 2000)
+    assert (optimizer.b2, optimizer.min_lr, optimizer.warmup_init_lr) == (0.999, 1e-5, 1e-6)
+    learning_rate(config)
+
+
+def test_a_recipe_that_does_not_exist():
+    with pytest.raises(UserError, match="'fast'.*'paper'.*'lavis'"):
+        load("blip2/stage1_vit_g.py:fast")
+
+
+# Overrides
+
+NAME = "demo/stage1.py"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("config.optimizer.peak_lr=3e-5", 3e-5),
+        ("optimizer.peak_lr=1", 1.0),
+        ("config.steps=7", 7),
+        ("config.data.train=my data.jsonl", "my data.jsonl"),
+        ("config.data.train=123", "123"),
+        ("config.data.train=", ""),
+        ("config.data.randaugment=true", True),
+        ("config.data.randaugment=False", False),
+        ("config.data.crop_scale=0.2,1.0", (0.2, 1.0)),
+        ("config.data.crop_scale=(0.2, 1.0)", (0.2, 1.0)),
+        ("config.frozen=vision,qformer/groups", ("vision", "qformer/groups")),
+        ("config.frozen=vision", ("vision",)),
+        ("config.frozen=", ()),
+        ("config.mesh.fsdp=-1", -1),
+    ],
+)
+def test_an_override_sets_one_field(override, value):
+    config, before = load(NAME, override), load(NAME)
+    *path, field = override.partition("=")[0].removeprefix("config.").split(".")
+    owner = config
+    for section in path:
+        owner = owner[section]
+    assert owner[field] == value and type(owner[field]) is type(value)
+    differing = [name for name in field_names(config) if get(config, name) != get(before, name)]
+    assert differing in ([], [".".join([*path, field])])
+
+
+def get(config, name):
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("config.optimizer.peak_lrr=1", "optimizer.peak_lr"),
+        ("config.optimiser.peak_lr=1", "optimizer.peak_lr"),
+        ("config.peak_lr=1", "optimizer.peak_lr"),
+        ("config.step=1", "steps"),
+        ("config.batchsize=1", "batch_size"),
+        ("config.data.vocabsize=1", "data.vocab_size"),
+        ("config.model.qformer.num_query_token=1", "model.qformer.num_query_tokens"),
+        ("config.steps.more=1", "steps"),
+        ("config.loss.itc_smoothing=1", "loss.itc_label_smoothing"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(override, nearest):
+    name = override.partition("=")[0].removeprefix("config.")
+    with pytest.raises(UserError) as error:
+        load(NAME, override)
+    assert f"no field {name!r}" in str(error.value)
+    assert f"--config.{nearest}=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("config.steps=many", "int"),
+        ("config.steps=1.5", "int"),
+        ("config.steps=", "int"),
+        ("config.steps=True", "int"),
+        ("config.optimizer.peak_lr=high", "float"),
+        ("config.optimizer.peak_lr=True", "float"),
+        ("config.data.randaugment=1", "bool"),
+        ("config.data.randaugment=yes", "bool"),
+    ],
+)
+def test_a_value_of_the_wrong_type(override, kind):
+    name, _, text = override.partition("=")
+    with pytest.raises(UserError, match=re.escape(f"{name}={text} is no {kind}")):
+        load(NAME, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.steps", "no value"),
+        ("config.optimizer=1", "is a section.*peak_lr"),
+    ],
+)
+def test_an_override_that_sets_nothing(override, message):
+    with pytest.raises(UserError, match=message):
+        load(NAME, override)
+
+
+# Files
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="nothing.py.*does not exist"):
+        load_config(str(tmp_path / "nothing.py"))
+
+
+def test_a_file_without_get_config(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="empty.py.*get_config"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_a_config_imports_the_neighbour_of_its_own_folder(tmp_path):
+    """Two folders with a `common` each."""
+    for folder, steps in ("a", 11), ("b", 22):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "common.py").write_text(f"STEPS = {steps}\n")
+        (tmp_path / folder / "run.py").write_text(
+            "import common\n"
+            "from jaxblip.config import default_config\n"
+            "def get_config(arg=''):\n"
+            "    config = default_config(arg or 'clip')\n"
+            "    config.steps = common.STEPS\n"
+            "    return config\n"
+        )
+    assert load_config(str(tmp_path / "a" / "run.py")).steps == 11
+    config = load_config(str(tmp_path / "b" / "run.py") + ":stage2")
+    assert (config.steps, config.task) == (22, "stage2")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_defaults_are_for_the_task(task):
+    config = default_config(task)
+    assert config.task == task
+    assert ("rerank_top_k" in config.eval) == (task == "stage1")
+    assert ("num_beams" in config.eval) == (task == "stage2")
+
+
+def test_a_task_that_does_not_exist():
+    with pytest.raises(UserError, match="'stage3'.*stage1.*stage2"):
+        default_config("stage3")
