@@ -82,6 +82,8 @@ def default_config(task: str) -> ConfigDict:
     data.stop_token = ""  # ends a text of the language model ("\n" for OPT); "" = the end token
     data.max_text_tokens = 32  # text length, tokens, special ones included
     data.max_words = 50  # words kept of a caption
+    if task == "language_model":
+        data.captions_per_text = 1  # captions of one image in a text, each with begin and end token
     data.prompt = ""  # stands before every caption; in stage 2 its tokens carry no loss
     data.image_size_px = 224  # side of the square images, pixels
     data.crop_scale = (0.5, 1.0)  # share of the image's area that a random crop keeps
@@ -239,6 +241,11 @@ def _apply_override(config: ConfigDict, override: str) -> None:
         if not isinstance(owner, ConfigDict) or section not in owner:
             raise UserError(_unknown_field(config, name.removeprefix("config.")))
         owner, parent = owner[section], owner
+    if name == "config.task":
+        raise UserError(
+            "config.task cannot be overridden, because the other fields follow from it: take a "
+            "config file of that task."
+        )
     if isinstance(owner, ConfigDict):
         raise UserError(
             f"--{name} is a section; its fields are {', '.join(sorted(owner))}: set one of them."
@@ -255,16 +262,26 @@ def _parse(name: str, text: str, current: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if isinstance(current, tuple):
-        # ("a",), a,b and a alone are all tuples on a command line
-        if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",")) if value else ()
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return _parse_tuple(name, text, current)
     if isinstance(current, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(current):
         raise UserError(
             f"--{name}={text} is no {type(current).__name__}, which this field is; "
             f"its value in the config is {current!r}."
+        )
+    return value
+
+
+def _parse_tuple(name: str, text: str, current: tuple) -> tuple:
+    """`a,b`, `(a, b)` and `a` alone; numbers keep their count, names may be any number."""
+    parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
+    kind = current[0] if current else ""
+    value = tuple(_parse(name, part, kind) for part in parts if part)
+    if not isinstance(kind, str) and len(value) != len(current):
+        raise UserError(
+            f"--{name}={text} has {len(value)} values; this field has {len(current)}, as in "
+            f"{','.join(map(str, current))}."
         )
     return value
 

@@ -13,14 +13,14 @@ def set_shapes(config):
     config.data.train = "shapes:train"
     config.eval.source = "shapes:heldout"
     config.data.image_size_px = 48
-    config.data.max_text_tokens = 20
+    config.data.max_text_tokens = 12
     config.data.crop_scale = config.data.crop_aspect = (1.0, 1.0)  # whole scenes
     config.data.flip_probability = 0.0  # captions speak of left and right
     config.data.num_workers = 0
 
     if "vision" in config.model:
         config.model.vision.update(
-            patch_size_px=8, width=128, num_layers=4, num_heads=4, mlp_width=256,
+            patch_size_px=12, width=128, num_layers=4, num_heads=4, mlp_width=256,
             initializer_range=0.05,
         )  # fmt: skip
     if "qformer" in config.model:

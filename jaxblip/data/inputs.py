@@ -108,6 +108,7 @@ def train_batches(
         encoder=text_encoder(config, tokenizer),
         prompt=data.prompt,
         max_words=data.max_words,
+        captions_per_text=data.get("captions_per_text", 1),
         crop_scale=tuple(data.crop_scale),
         crop_aspect=tuple(data.crop_aspect),
         flip_probability=data.flip_probability,

@@ -8,6 +8,7 @@ and any batch size, and sees what it would have seen.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import threading
@@ -45,6 +46,7 @@ class Preprocess:
       encoder: texts to ids; needed for "text_ids", "text_mask" and "prompt_length".
       prompt: stands before every caption, as it is (see `clean_caption`).
       max_words: of a caption, without the prompt.
+      captions_per_text: captions of one image that follow each other in its text.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
       randaugment: whether to add BLIP's RandAugment.
@@ -56,6 +58,7 @@ class Preprocess:
     encoder: TextEncoder | None = None
     prompt: str = ""
     max_words: int = 50
+    captions_per_text: int = 1
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
@@ -77,11 +80,10 @@ class Preprocess:
         Raises:
           BadSample: no caption has a word, or the image cannot be decoded.
         """
-        caption = self._caption(example["captions"], rng)
+        captions = self._captions(example["captions"], rng)
         arrays = {}
         if "text_ids" in self.fields or "text_mask" in self.fields:
-            ids, mask = self.encoder([caption])
-            arrays |= {"text_ids": ids[0], "text_mask": mask[0]}
+            arrays["text_ids"], arrays["text_mask"] = self.encoder.row(captions)
         if "prompt_length" in self.fields:
             arrays["prompt_length"] = np.int32(self.encoder.prompt_length(self.prompt))
         if "image_id" in self.fields:
@@ -90,12 +92,15 @@ class Preprocess:
             arrays["image"] = self._image(example["image"], rng, conversions)
         return {field: arrays[field] for field in self.fields}
 
-    def _caption(self, captions: Sequence[str], rng: np.random.Generator) -> str:
-        first = int(rng.integers(len(captions)))
-        for offset in range(len(captions)):
-            text = clean_caption(captions[(first + offset) % len(captions)], self.max_words)
-            if text:
-                return self.prompt + text
+    def _captions(self, captions: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """The first `captions_per_text` that have a word, in random order."""
+        cleaned = (
+            clean_caption(captions[index], self.max_words)
+            for index in rng.permutation(len(captions))
+        )
+        texts = itertools.islice(filter(None, cleaned), self.captions_per_text)
+        if found := [self.prompt + text for text in texts]:
+            return found
         raise BadSample("empty caption", f"captions {list(captions)}")
 
     def _image(

@@ -27,20 +27,22 @@ COLOURS = {
     "purple": (150, 50, 185),
     "black": (25, 25, 25),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 # Half of the side of the bounding box, as a share of the image's side.
-SIZES = {"small": 0.125, "large": 0.215}
-# (phrase within a sentence, its inverse, where the first object is, where the second one is)
+SIZES = {"small": 0.125, "large": 0.21}
+# (between the first object and the second, between the second and the first, where the first one
+# is, where the second one is)
 RELATIONS = {
-    "left": ("left of", "right of", "on the left", "on the right"),
-    "above": ("above", "below", "at the top", "at the bottom"),
+    "left": ("left of", "right of", "to its left", "to its right"),
+    "above": ("above", "below", "above it", "below it"),
 }
 SPLIT_SIZES = {"train": 20_000, "heldout": 500}
 
-_HELDOUT_SHARE = 0.1
+_HELDOUT_SHARE = 0.5  # of the pairs
 _SIZE_JITTER = 0.07  # relative; the two sizes stay far apart
 _MARGIN = 0.02  # from the image's edge, as a share of its side
 _MIN_GAP = 0.05  # between the two bounding boxes, along the relation's axis
+_MAX_LINE_OFFSET = 0.12  # of the line on which both objects lie, from the middle of the image
 _MAX_OFFSET = 0.05  # of each object across the relation's axis: far below the distance along it
 _BACKGROUND = (205, 245)  # shade of grey
 _SUPERSAMPLING = 4
@@ -55,7 +57,7 @@ class Thing:
     size: str
 
     def __str__(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
+        return f"{self.size} {self.colour} {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +70,21 @@ class Scene:
 
 
 def is_heldout(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether this unordered pair of (colour, shape) is kept out of training (about one in ten)."""
+    """Whether this unordered pair of (colour, shape) is kept out of training (about half of them)."""
     names = "|".join(sorted(" ".join(thing) for thing in (one, other)))
     digest = hashlib.sha256(names.encode()).digest()
     return int.from_bytes(digest[:4], "big") < _HELDOUT_SHARE * 2**32
 
 
 def scene_captions(scene: Scene) -> list[str]:
-    """Six captions, each of which alone names both objects, their sizes and the relation."""
+    """Four captions, each of which alone names both objects, their sizes and the relation."""
     relation, inverse, first_place, second_place = RELATIONS[scene.relation]
-    to_the = "to the " if scene.relation == "left" else ""
     first, second = scene.first, scene.second
     return [
-        f"{first} {to_the}{relation} {second}",
-        f"{second} {to_the}{inverse} {first}",
-        f"there is {first} {relation} {second}",
-        f"there is {second} {inverse} {first}",
-        f"{first} {first_place} and {second} {second_place}",
-        f"{second_place} {second} and {first_place} {first}",
+        f"{first} {relation} {second}",
+        f"{second} {inverse} {first}",
+        f"{first} with {second} {second_place}",
+        f"{second} with {first} {first_place}",
     ]
 
 
@@ -116,22 +115,16 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius <= 1
-    if shape == "ring":
-        return (radius <= 1) & (radius >= 0.58)
     if shape == "square":  # of about the circle's area, so that its size does not mislead
         return np.maximum(abs(x), abs(y)) <= 0.9
     if shape == "triangle":
         return abs(x) <= (y + 1) / 2
     if shape == "cross":
         return np.minimum(abs(x), abs(y)) <= 0.3
-    if shape == "star":
-        # Fold the plane onto one half of one of the five arms, which is bounded by a straight
-        # line from its tip, at angle 0, to the notch between two arms, at angle pi / 5.
-        angle = np.arctan2(x, -y) % (2 * np.pi / 5)
-        angle = np.minimum(angle, 2 * np.pi / 5 - angle)
-        along, across = radius * np.cos(angle), radius * np.sin(angle)
-        notch = 0.45 * np.exp(1j * np.pi / 5)
-        return (1 - along) * notch.imag >= across * (1 - notch.real)
+    if shape == "ring":
+        return (radius <= 1) & (radius >= 0.55)
+    if shape == "diamond":
+        return abs(x) + abs(y) <= 1
     raise ValueError(f"no shape is called {shape!r}")
 
 
@@ -158,16 +151,14 @@ def _place(
     draws = rng.random(7)
     jitter = 1 + _SIZE_JITTER * (2 * draws[:2] - 1)
     half = np.array([SIZES[scene.first.size], SIZES[scene.second.size]]) * jitter
-    # Along the axis: what the boxes, the gap and the margins leave free is split in three.
-    free = 1 - 2 * _MARGIN - _MIN_GAP - 2 * half.sum()
-    low, high = sorted(draws[2:4])
-    along_first = _MARGIN + half[0] + low * free
-    along_second = 1 - _MARGIN - half[1] - (1 - high) * free
-    # Across it: both near one line, which leaves room for the larger one.
-    room = _MARGIN + half.max() + _MAX_OFFSET
-    line = room + draws[4] * (1 - 2 * room)
+    # Along the axis: each object anywhere in its half of the image.
+    free = (1 - _MIN_GAP) / 2 - _MARGIN - 2 * half
+    along = _MARGIN + half + draws[2:4] * free
+    along[1] = 1 - along[1]
+    # Across it: both near one line, itself near the middle.
+    line = 0.5 + _MAX_LINE_OFFSET * (2 * draws[4] - 1)
     across = line + _MAX_OFFSET * (2 * draws[5:7] - 1)
-    centres = np.stack([[along_first, along_second], across], axis=1)
+    centres = np.stack([along, across], axis=1)
     return (centres if scene.relation == "left" else centres[:, ::-1]), half
 
 

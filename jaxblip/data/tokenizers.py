@@ -168,8 +168,12 @@ class TextEncoder:
         self.kind = kind
         self.pad_id = _require(tokenizer, "pad_token")
         if kind == "qformer":
-            self.start_id = _require(tokenizer, "cls_token")
-            self.stop_id = _require(tokenizer, "sep_token")
+            # CLIP's tokenizer has begin and end tokens of text under the other names.
+            begins, ends = "cls_token", "sep_token"
+            if tokenizer.cls_token_id is None and tokenizer.bos_token_id is not None:
+                begins, ends = "bos_token", "eos_token"
+            self.start_id = _require(tokenizer, begins)
+            self.stop_id = _require(tokenizer, ends)
         else:
             self.start_id = tokenizer.bos_token_id
             if stop_token is None:
@@ -181,13 +185,20 @@ class TextEncoder:
         self, texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
         """Ids and the mask that is True where a token is, False where padding is."""
-        ids = np.full((len(texts), self.max_tokens), self.pad_id, np.int32)
-        mask = np.zeros((len(texts), self.max_tokens), bool)
-        for row, text in enumerate(texts):
-            tokens = self._row(text)
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
+        ids = np.empty((len(texts), self.max_tokens), np.int32)
+        mask = np.empty((len(texts), self.max_tokens), bool)
+        for index, text in enumerate(texts):
+            ids[index], mask[index] = self.row([text])
         return ids, mask
+
+    def row(
+        self, texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
+        """One row of ids and its mask: the texts one after the other, each with start and stop."""
+        tokens = [token for text in texts for token in self._tokens(text)][: self.max_tokens]
+        padding = self.max_tokens - len(tokens)
+        ids = np.array(tokens + [self.pad_id] * padding, np.int32)
+        return ids, np.arange(self.max_tokens) < len(tokens)
 
     def prompt_length(self, prompt: str) -> int:
         """Number of leading tokens, BOS included, that an encoded `prompt + caption` owes to it.
@@ -209,7 +220,7 @@ class TextEncoder:
     def _words(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _row(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
         start = [] if self.start_id is None else [self.start_id]
         words = self._words(text)
         if len(start) + len(words) + 1 <= self.max_tokens:

@@ -32,7 +32,9 @@ class Stage1Task(Task):
 
     def loss(self, params, batch, rng) -> LossOutput:
         config = self.config.loss
-        packed_rng, match_rng = (None, None) if rng is None else jax.random.split(rng)
+        packed_rng, match_rng, negative_rng = (
+            (None, None, jax.random.key(0)) if rng is None else jax.random.split(rng, 3)
+        )
         images, text_ids, text_mask = self.model_inputs(batch)
         image_id = batch["image_id"] if config.use_image_id else None
 
@@ -50,7 +52,7 @@ class Stage1Task(Task):
             gradient_to_all=config.gradient_to_all,
         )
         itm, itm_accuracy = self._matching(
-            params, image, text_ids, text_mask, itc, image_id, match_rng
+            params, image, text_ids, text_mask, itc, image_id, match_rng, negative_rng
         )
         itg = token_cross_entropy(
             word_logits[:, :-1],
@@ -70,9 +72,11 @@ class Stage1Task(Task):
         }
         return LossOutput(loss, jnp.float32(text_ids.shape[0]), metrics)
 
-    def _matching(self, params, image, text_ids, text_mask, itc, image_id, rng):
+    def _matching(
+        self, params, image, text_ids, text_mask, itc, image_id, dropout_rng, negative_rng
+    ):
         """ITM over the matched pairs, each text with a hard image, each image with a hard text."""
-        image_rng, text_rng = jax.random.split(jax.random.key(0) if rng is None else rng)
+        image_rng, text_rng = jax.random.split(negative_rng)
         text_of_image, has_text = sample_hard_negatives(text_rng, itc.image_to_text, image_id)
         image_of_text, has_image = sample_hard_negatives(image_rng, itc.text_to_image, image_id)
 
@@ -82,7 +86,7 @@ class Stage1Task(Task):
         )
         texts = jnp.concatenate([text_ids, text_ids, text_ids[text_of_image]])
         masks = jnp.concatenate([text_mask, text_mask, text_mask[text_of_image]])
-        logits = self.apply(params, images, texts, masks, method="match", rng=rng)
+        logits = self.apply(params, images, texts, masks, method="match", rng=dropout_rng)
         matched = jnp.ones(len(text_ids), bool)
         return matching_loss(
             logits,

@@ -14,21 +14,17 @@ from jaxblip.data.shapes import COLOURS, SHAPES, ShapesSource
 from jaxblip.errors import UserError
 
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-WORD = {
-    "left": "left", "right": "right", "above": "above", "below": "below",
-    "top": "above", "bottom": "below",
-}  # fmt: skip
 
 
 def understand(caption: str) -> frozenset:
     """Reads a caption without the code that wrote it: each thing with where it lies."""
-    things = re.findall(r"a (small|large) (\w+) (\w+)", caption)
+    things = re.findall(r"(small|large) (\w+) (\w+)", caption)
     assert len(things) == 2
-    words = [WORD[word] for word in caption.split() if word in WORD]
-    if len(words) == 2:  # "on the left A and on the right B": each thing has its own place
-        places = words
-    else:  # "A left of B": the word is the place of the thing named first
-        places = [words[0], INVERSE[words[0]]]
+    (place,) = [word for word in caption.split() if word in INVERSE]
+    if " with " in caption:  # "A with B to its left": the word is the place of the thing named last
+        places = [INVERSE[place], place]
+    else:  # "A left of B": of the thing named first
+        places = [place, INVERSE[place]]
     return frozenset(zip(things, places))
 
 
@@ -43,9 +39,9 @@ def test_every_caption_of_an_image_says_the_same_and_all_of_it():
                 ((thing.size, thing.colour, thing.shape), place)
                 for thing, place in zip((scene.first, scene.second), where)
             )
-            assert len(set(captions)) == 6
+            assert len(set(captions)) == 4
             assert all(understand(caption) == expected for caption in captions)
-            assert all(len(caption.split()) <= 16 for caption in captions)
+            assert all(len(caption.split()) <= 10 for caption in captions)
 
 
 def test_no_caption_of_a_heldout_image_is_true_of_another():
@@ -57,7 +53,7 @@ def test_no_caption_of_a_heldout_image_is_true_of_another():
 
 def looks(caption: str) -> frozenset:
     return frozenset((colour, shape) for _, colour, shape in re.findall(
-        r"a (small|large) (\w+) (\w+)", caption))
+        r"(small|large) (\w+) (\w+)", caption))
 
 
 def test_heldout_compositions_never_occur_in_training_but_their_parts_do():
@@ -76,8 +72,9 @@ def test_heldout_compositions_never_occur_in_training_but_their_parts_do():
     assert parts == set(itertools.product(COLOURS, SHAPES))
     assert sizes == {"small", "large"}
     assert relations == set(INVERSE)
-    all_pairs = 48 * 47 // 2
-    assert 0.07 < (all_pairs - len(seen)) / all_pairs < 0.13
+    looks_count = len(COLOURS) * len(SHAPES)
+    all_pairs = looks_count * (looks_count - 1) // 2
+    assert 0.4 < (all_pairs - len(seen)) / all_pairs < 0.6
 
 
 def test_example_depends_on_split_and_index_alone():
@@ -129,7 +126,8 @@ def test_the_picture_shows_what_the_caption_says(size_px):
         dominant, other = (dx, dy) if scene.relation == "left" else (dy, dx)
         assert dominant > 1.7 * abs(other)  # of the whole boxes; no second relation to speak of
     for shape in SHAPES:
-        assert max(extents["small", shape]) < 0.75 * min(extents["large", shape])
+        for smaller, larger in itertools.pairwise(shapes.SIZES):
+            assert max(extents[smaller, shape]) < 0.9 * min(extents[larger, shape])
 
 
 def test_objects_stay_apart_and_inside():
@@ -148,12 +146,11 @@ def test_objects_stay_apart_and_inside():
     ("shape", "area"),
     [
         ("circle", np.pi / 4),
-        ("ring", np.pi / 4 * (1 - 0.58**2)),
         ("square", 0.81),
         ("triangle", 0.5),
         ("cross", 0.3 * 2 - 0.09),
-        # Ten triangles between the centre, a tip at radius 1 and a notch at radius 0.45.
-        ("star", 10 * 0.5 * 0.45 * np.sin(np.pi / 5) / 4),
+        ("ring", np.pi / 4 * (1 - 0.55**2)),
+        ("diamond", 0.5),
     ],
 )
 def test_shapes_cover_the_area_of_their_formula(shape, area):

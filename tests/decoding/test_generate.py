@@ -14,8 +14,8 @@ from jaxblip.decoding import DecodingConfig, generate
 from jaxblip.errors import UserError
 from jaxblip.models.opt import OptConfig, OptLanguageModel
 from jaxblip.sharding import make_mesh, put_batch, tree_shardings
-from tests.decoding.slow import slow_generate
-from tests.reference import opt_params, random_opt
+from slow_search import slow_generate
+from reference import opt_params, random_opt
 
 STOP, PAD, WIDTH, PREFIX, NEW = 2, 1, 16, 5, 9
 MODEL = OptLanguageModel(

@@ -12,7 +12,7 @@ import transformers
 
 from jaxblip.models.clip import Clip, ClipTextConfig
 from jaxblip.models.vit import VitConfig
-from tests.reference import clip_params, randomized
+from reference import clip_params, randomized
 
 END, VOCAB, EMBED = 12, 13, 8
 MODEL = Clip(

@@ -10,7 +10,7 @@ import torch
 
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.opt import OptConfig, OptLanguageModel, empty_cache, token_positions
-from tests.reference import opt_params, random_opt
+from reference import opt_params, random_opt
 
 CONFIG = OptConfig(
     vocab_size=13, width=16, num_layers=3, num_heads=2, mlp_width=24, max_positions=32

@@ -19,7 +19,7 @@ from jaxblip.models.attention import (
     unimodal_mask,
 )
 from jaxblip.models.qformer import QFormer, QFormerConfig
-from tests.reference import qformer_params, randomized
+from reference import qformer_params, randomized
 
 QUERIES, TEXT, WIDTH, VISION_WIDTH, BATCH = 3, 5, 16, 20, 2
 CONFIG = QFormerConfig(

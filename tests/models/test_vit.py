@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from jaxblip.models.vit import VisionTransformer, VitConfig
-from tests.reference import clip_vit_params, eva_vit_params, randomized
+from reference import clip_vit_params, eva_vit_params, randomized
 
 SIZES = dict(
     hidden_size=16,
