@@ -18,7 +18,7 @@ TINY = {
     "log_every_steps": 1,
     "optimizer.warmup_steps": 1,
     "eval.source": "",
-    "data.image_size_px": 16,
+    "data.image_size_px": 24,
     "model.vision.num_layers": 1,
     "model.vision.width": 32,
 }
@@ -98,7 +98,7 @@ CASES = {
     "missing field": (bad_lines('{"image": "a.png"}\n'), ["pairs.jsonl:1", "caption"]),
     "tokenizer without padding": (no_padding_tokenizer, ["padding token"]),
     "warm-up longer than the run": ({"optimizer.warmup_steps": 9}, ["warmup_steps=9", "steps=2"]),
-    "patches that do not fit": ({"data.image_size_px": 20}, ["20", "patch_size_px=8"]),
+    "patches that do not fit": ({"data.image_size_px": 20}, ["20", "patch_size_px=12"]),
     "heads that do not fit": ({"model.vision.width": 30}, ["width=30", "num_heads=4"]),
     "text longer than the positions": ({"data.max_text_tokens": 99}, ["99", "max_positions=32"]),
     "frozen path": ({"frozen": "vison"}, ["'vison'", "vision"]),

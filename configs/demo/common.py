@@ -4,7 +4,7 @@
 def set_shapes(config):
     """Data, sizes and schedule for two CPU cores."""
     config.compute_dtype = "float32"  # CPUs emulate bfloat16
-    config.batch_size = 128
+    config.batch_size = 64
     config.log_every_steps = 20
     config.checkpoint.every_steps = 200
     config.optimizer.warmup_steps = 50
@@ -25,7 +25,8 @@ def set_shapes(config):
         )  # fmt: skip
     if "qformer" in config.model:
         config.model.qformer.update(
-            num_query_tokens=8, width=128, num_layers=4, num_heads=4, mlp_width=256,
+            num_query_tokens=10, width=128, num_layers=3, num_heads=4, mlp_width=256,
+            cross_attention_frequency=1,
             hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.05,
         )  # fmt: skip
     if "language_model" in config.model:

@@ -10,8 +10,8 @@ def get_config(arg=""):
     config.init.vision = "runs/demo/vision"
     config.init.language_model = "runs/demo/language_model"
     config.init.qformer = "runs/demo/stage1"
-    config.steps = 300
-    config.optimizer.peak_lr = 1e-3
+    config.steps = 1000
+    config.optimizer.peak_lr = 2e-3
     config.eval.num_beams = 1
-    config.eval.max_new_tokens = 20
+    config.eval.max_new_tokens = 12
     return config

@@ -7,8 +7,9 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("clip")
     common.set_shapes(config)
-    config.steps = 250
-    config.optimizer.peak_lr = 1e-3
+    config.steps = 350
+    config.optimizer.peak_lr = 1.5e-3
+    config.batch_size = 128
     config.model.embed_dim = 64
     config.model.text.update(
         width=128, num_layers=2, num_heads=4, mlp_width=256, max_positions=32,

@@ -7,7 +7,7 @@ def set_openmoji(config):
     config.batch_size = 128
     config.log_every_steps = 50
     config.checkpoint.every_steps = 500
-    config.optimizer.peak_lr = 1e-3
+    config.optimizer.peak_lr = 1.5e-3
     config.optimizer.min_lr = 0.0
     config.optimizer.warmup_steps = 100
 

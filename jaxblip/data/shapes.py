@@ -27,9 +27,9 @@ COLOURS = {
     "purple": (150, 50, 185),
     "black": (25, 25, 25),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+SHAPES = ("circle", "square", "triangle", "cross")
 # Half of the side of the bounding box, as a share of the image's side.
-SIZES = {"small": 0.125, "large": 0.21}
+SIZES = {"small": 0.145, "large": 0.215}
 # (between the first object and the second, between the second and the first, where the first one
 # is, where the second one is)
 RELATIONS = {
@@ -38,12 +38,13 @@ RELATIONS = {
 }
 SPLIT_SIZES = {"train": 20_000, "heldout": 500}
 
-_HELDOUT_SHARE = 0.5  # of the pairs
-_SIZE_JITTER = 0.07  # relative; the two sizes stay far apart
+_HELDOUT_SHARE = 0.6  # of the pairs
+_SIZE_JITTER = 0.05  # relative; the two sizes stay far apart
 _MARGIN = 0.02  # from the image's edge, as a share of its side
 _MIN_GAP = 0.05  # between the two bounding boxes, along the relation's axis
-_MAX_LINE_OFFSET = 0.12  # of the line on which both objects lie, from the middle of the image
-_MAX_OFFSET = 0.05  # of each object across the relation's axis: far below the distance along it
+_MAX_ALONG = 0.08  # room of each object along the relation's axis
+_MAX_LINE_OFFSET = 0.05  # of the line on which both objects lie, from the middle of the image
+_MAX_OFFSET = 0.03  # of each object across the relation's axis: far below the distance along it
 _BACKGROUND = (205, 245)  # shade of grey
 _SUPERSAMPLING = 4
 
@@ -121,10 +122,6 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return abs(x) <= (y + 1) / 2
     if shape == "cross":
         return np.minimum(abs(x), abs(y)) <= 0.3
-    if shape == "ring":
-        return (radius <= 1) & (radius >= 0.55)
-    if shape == "diamond":
-        return abs(x) + abs(y) <= 1
     raise ValueError(f"no shape is called {shape!r}")
 
 
@@ -151,9 +148,9 @@ def _place(
     draws = rng.random(7)
     jitter = 1 + _SIZE_JITTER * (2 * draws[:2] - 1)
     half = np.array([SIZES[scene.first.size], SIZES[scene.second.size]]) * jitter
-    # Along the axis: each object anywhere in its half of the image.
+    # Along the axis: each object near the middle of its half of the image.
     free = (1 - _MIN_GAP) / 2 - _MARGIN - 2 * half
-    along = _MARGIN + half + draws[2:4] * free
+    along = _MARGIN + half + free / 2 + (draws[2:4] - 0.5) * np.minimum(free, _MAX_ALONG)
     along[1] = 1 - along[1]
     # Across it: both near one line, itself near the middle.
     line = 0.5 + _MAX_LINE_OFFSET * (2 * draws[4] - 1)

@@ -68,6 +68,7 @@ class Stage1Task(Task):
             "itm": itm,
             "itg": itg.loss,
             "itm_accuracy": itm_accuracy,
+            "itg_accuracy": itg.accuracy,
             "temperature": params["temperature"],
         }
         return LossOutput(loss, jnp.float32(text_ids.shape[0]), metrics)

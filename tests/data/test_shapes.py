@@ -74,7 +74,7 @@ def test_heldout_compositions_never_occur_in_training_but_their_parts_do():
     assert relations == set(INVERSE)
     looks_count = len(COLOURS) * len(SHAPES)
     all_pairs = looks_count * (looks_count - 1) // 2
-    assert 0.4 < (all_pairs - len(seen)) / all_pairs < 0.6
+    assert 0.5 < (all_pairs - len(seen)) / all_pairs < 0.7
 
 
 def test_example_depends_on_split_and_index_alone():
@@ -149,8 +149,6 @@ def test_objects_stay_apart_and_inside():
         ("square", 0.81),
         ("triangle", 0.5),
         ("cross", 0.3 * 2 - 0.09),
-        ("ring", np.pi / 4 * (1 - 0.55**2)),
-        ("diamond", 0.5),
     ],
 )
 def test_shapes_cover_the_area_of_their_formula(shape, area):

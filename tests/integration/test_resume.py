@@ -31,7 +31,7 @@ def command(workdir, *overrides):
         "optimizer.warmup_steps": 3,
         "init.vision": "random",
         "eval.source": "",
-        "data.image_size_px": 16,
+        "data.image_size_px": 24,
         "data.crop_scale": "0.5,1.0",  # random, so that its position must be resumed too
         "model.vision.num_layers": 1,
         "model.vision.width": 32,
