@@ -78,8 +78,8 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
         results=report,
         gallery=gallery,
         notes=[
-            "Images of two coloured shapes with captions. The pairs of coloured shapes below never "
-            "occurred in training."
+            "Images of two coloured shapes with captions. The pairs of objects (size, colour, "
+            "shape) below never occurred in training."
         ],
     )
     print(

@@ -21,7 +21,7 @@ from jaxblip.data.tokenizers import (
 )
 from jaxblip.errors import UserError
 
-CAPTION = "a small red circle to the left of a large blue square"
+CAPTION = "small red circle left of large blue square"
 
 
 @pytest.fixture(scope="module")
