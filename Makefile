@@ -13,14 +13,14 @@ test: .venv/installed-test
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[openmoji]"
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq -e ".[openmoji]"
 	touch $@
 
 # torch first and by this version: a bare `torch` would bring gigabytes of CUDA libraries.
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[openmoji,test]"
+	$(BIN)/pip install -qq torch==2.13.0
+	$(BIN)/pip install -qq -e ".[openmoji,test]"
 	touch $@
 
 clean:
