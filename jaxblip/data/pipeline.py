@@ -22,7 +22,7 @@ from absl import flags
 from jaxtyping import Int, UInt8
 
 from jaxblip.data import images
-from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample, Source
+from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample, Source, counts_as_text
 from jaxblip.data.text import clean_caption
 from jaxblip.data.tokenizers import TextEncoder
 from jaxblip.errors import RunStopped
@@ -286,7 +286,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         judged = self.examined >= self._min_examined and bad > self._max_bad_share * self.examined
         if not (none_found or judged):
             return
-        reasons = ", ".join(f"{name} {count}" for name, count in self.skipped.most_common())
+        reasons = counts_as_text(self.skipped)
         first = f"; one of them: {batch['first_bad']}" if batch["first_bad"] else ""
         what = (
             f"none of {_MAX_TRIES} in a row could be used"
@@ -351,8 +351,9 @@ def iterate_eval_images(
             continue
         captions.setdefault(image_id, {}).update(dict.fromkeys(cleaned))
     if not pixels:
-        reasons = ", ".join(f"{name} {count}" for name, count in skipped.most_common())
-        raise RunStopped(f"none of {len(source)} examples can be evaluated: {reasons}; fix them")
+        raise RunStopped(
+            f"none of {len(source)} examples can be evaluated: {counts_as_text(skipped)}; fix them"
+        )
     return EvalSet(
         images=np.stack(list(pixels.values())),
         captions=[list(captions[image_id]) for image_id in pixels],

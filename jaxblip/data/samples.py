@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol
 
 SKIP_REASONS = (
@@ -32,6 +33,11 @@ class BadSample(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def counts_as_text(counts: Counter) -> str:
+    """Reasons with their counts, the commonest first: `corrupt image 3, empty caption 1`."""
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
 class Source(Protocol):

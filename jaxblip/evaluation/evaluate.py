@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from jaxblip.data import inputs
+from jaxblip.data.samples import counts_as_text
 from jaxblip.decoding import DecodingConfig, generate
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.captions import caption_metrics
@@ -58,8 +59,7 @@ class Evaluation:
         text = f"Evaluation set: {len(self.set.images)} images with {captions} captions"
         for what, counter in (("skipped", self.set.skipped), ("converted", self.set.converted)):
             if counter:
-                reasons = ", ".join(f"{name} {count}" for name, count in counter.most_common())
-                text += f"; {what}: {reasons}"
+                text += f"; {what}: {counts_as_text(counter)}"
         return text + "."
 
     def _contrastive_retrieval(self, params: Params, frozen: Params) -> Metrics:

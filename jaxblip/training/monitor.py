@@ -1,0 +1,122 @@
+"""What a run says of itself: the terminal, the metrics files, and the stop at broken losses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.samples import counts_as_text
+from jaxblip.errors import RunStopped
+from jaxblip.training.metrics import MetricsWriter, read_metrics
+from jaxblip.training.progress import Progress, Throughput
+
+_UNGROUPED = ("learning_rate", "grad_norm", "skipped_total", "skipped_in_a_row")
+
+
+class Monitor(contextlib.ExitStack):
+    """Progress bar, `metrics.jsonl` and TensorBoard of one run; a context manager."""
+
+    def __init__(self, config: ConfigDict, workdir: str, step: int):
+        """Opens the files of `workdir` for a run that goes on from `step`."""
+        super().__init__()
+        self._config, self._workdir = config, workdir
+        self._writer = self.enter_context(MetricsWriter(workdir, resume_step=step))
+        self._progress = self.enter_context(Progress(config.steps, start_step=step))
+        self._throughput = Throughput()
+        self._previous: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def message(self, text: str) -> None:
+        """Prints a line."""
+        self._progress.message(text)
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """The time inside counts as waiting for data."""
+        return self._throughput.waiting()
+
+    def after_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Counts a step that was handed to the device.
+
+        Raises:
+          RunStopped: too many updates in a row were not finite, up to the step before this one,
+            which the device has finished or soon will.
+        """
+        if self._previous is None:
+            jax.block_until_ready(metrics)
+            self._throughput.reset()  # the compilation is no part of the speed
+        else:
+            self._throughput.step(self._config.batch_size)
+        self.check_finite()
+        self._previous = step, metrics
+        self._progress.advance(step)
+
+    def check_finite(self) -> None:
+        """Raises RunStopped where the last steps that were counted had no finite loss."""
+        if self._previous is None:
+            return
+        step, metrics = self._previous
+        skipped = int(metrics["skipped_in_a_row"])
+        if skipped >= self._config.max_skipped_in_a_row:
+            raise RunStopped(
+                f"The loss or its gradient was not finite in {skipped} steps in a row, the last "
+                f"of them step {step}; none of these updates was applied. Lower "
+                "optimizer.peak_lr, set optimizer.clip_norm, or set compute_dtype to float32."
+            )
+
+    def log(self, step: int, metrics: Mapping[str, jax.Array], batches: TrainBatches) -> None:
+        """Shows and writes the metrics of a step; waits for the device."""
+        values = {name: float(value) for name, value in metrics.items()}
+        rates = self._throughput.read()
+        self._writer.write(step, {**_grouped(values), **rates, **_data_counts(batches)})
+        self._progress.log(step, {**values, **rates})
+
+    def log_evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Shows and writes the results of an evaluation, whose time is no part of the speed."""
+        self._writer.write(step, {f"eval/{name}": value for name, value in results.items()})
+        text = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
+        self.message(f"step {step} evaluation: {text}")
+        self._throughput.reset()
+
+    def written_evaluation(self, step: int) -> dict[str, float]:
+        """The evaluation of a step that an earlier process of this run has written; {} if none."""
+        return {
+            name.removeprefix("eval/"): value
+            for line in read_metrics(self._workdir)
+            if line["step"] == step
+            for name, value in line.items()
+            if name.startswith("eval/")
+        }
+
+    def end(self, step: int, batches: TrainBatches) -> None:
+        """Says what the data was like and how the run ended."""
+        for line in _data_report(batches):
+            self.message(line)
+        steps = self._config.steps
+        if step < steps:
+            self.message(
+                f"Stopped by SIGTERM after step {step} of {steps}; saved. To go on, run the same "
+                "command again."
+            )
+        else:
+            self.message(
+                f"Done: step {step} of {steps}; checkpoint and metrics are in {self._workdir}."
+            )
+
+
+def _grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+    """TensorBoard groups names by what stands before the slash."""
+    return {n if n in _UNGROUPED else f"train/{n}": value for n, value in metrics.items()}
+
+
+def _data_counts(batches: TrainBatches) -> dict[str, int]:
+    counts = batches.skipped + batches.converted
+    return {f"data/{name.replace(' ', '_')}": count for name, count in sorted(counts.items())}
+
+
+def _data_report(batches: TrainBatches) -> Iterator[str]:
+    for what, counter in (("skipped", batches.skipped), ("converted", batches.converted)):
+        if counter:
+            yield f"Examples {what}: {counts_as_text(counter)} (of {batches.examined} examined)."
