@@ -33,7 +33,10 @@ Example:
 EVALUATE = f"""\
 Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip and stage1 (there with ITM
 re-ranking), exact match and BLEU-4 of captions for stage2, perplexity for language_model. Prints
-the metrics and writes results.json (and predictions.jsonl for captions) into the work directory.
+the metrics and writes into the work directory
+  results.json        the metrics
+  predictions.jsonl   the caption generated, or retrieved, for each image
+  results.html        the same with the images, to look at
 
 {OVERRIDES}
 Example:

@@ -101,10 +101,4 @@ def _gallery(workdir: str) -> list[dict[str, object]]:
     run = load_run(workdir)
     evaluation = Evaluation(run.task, run.tokenizer, run.mesh)
     evaluation.run(run.params, run.frozen)
-    rows = zip(
-        evaluation.set.images, evaluation.predictions, evaluation.set.captions, strict=True
-    )
-    return [
-        {"image": image, "generated": caption, "references": references}
-        for image, caption, references in rows
-    ]
+    return evaluation.gallery()

@@ -14,7 +14,12 @@ from jaxblip.data.samples import counts_as_text
 from jaxblip.decoding import DecodingConfig, generate
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.captions import caption_metrics
-from jaxblip.evaluation.retrieval import recall_at_k, retrieval_metrics
+from jaxblip.evaluation.retrieval import (
+    recall_at_k,
+    rerank,
+    retrieval_metrics,
+    top_k_candidates,
+)
 from jaxblip.tasks import Task
 from jaxblip.training.state import Params
 
@@ -42,8 +47,9 @@ class Evaluation:
 
         `clip` and `stage1`: recall at 1, 5, 10 in both directions, as fractions; for `stage1` both
         by ITC alone (`itc_…`) and re-ranked by ITM. `stage2`: `caption_exact` (fraction) and
-        `bleu4` (0 to 100); `predictions` then holds the captions. `language_model`: `loss` (nats a
-        token), `perplexity`, `token_accuracy`.
+        `bleu4` (0 to 100). `language_model`: `loss` (nats a token), `perplexity`,
+        `token_accuracy`. All but the last leave a caption for each image in `predictions`: the
+        generated one, or the best of the set's.
         """
         measure = {
             "clip": self._contrastive_retrieval,
@@ -52,6 +58,14 @@ class Evaluation:
             "language_model": self._language_model_loss,
         }[self.task.config.task]
         return measure(params, frozen)
+
+    def gallery(self) -> list[dict[str, Any]]:
+        """Each image with its prediction and its true captions, as `report.write_report` wants."""
+        rows = zip(self.set.images, self.predictions, self.set.captions, strict=True)
+        return [
+            {"image": image, "predicted": caption, "references": references}
+            for image, caption, references in rows
+        ]
 
     def describe(self) -> str:
         """The set in one line, with what was left out of it."""
@@ -63,14 +77,16 @@ class Evaluation:
         return text + "."
 
     def _contrastive_retrieval(self, params: Params, frozen: Params) -> Metrics:
-        texts, image_of_text = self._flat_captions()
+        captions, image_of_text = self._flat_captions()
         images = self._map(self.task.embed_images, params, frozen, self.set.images)
-        texts = self._map(self.task.embed_texts, params, frozen, *self._encode(texts))
-        return recall_at_k(images @ texts.T, image_of_text)
+        texts = self._map(self.task.embed_texts, params, frozen, *self._encode(captions))
+        similarity = images @ texts.T
+        self.predictions = _best_texts(similarity, captions)
+        return recall_at_k(similarity, image_of_text)
 
     def _reranked_retrieval(self, params: Params, frozen: Params) -> Metrics:
-        texts, image_of_text = self._flat_captions()
-        ids, mask = self._encode(texts)
+        captions, image_of_text = self._flat_captions()
+        ids, mask = self._encode(captions)
         features = self._map(self.task.image_features, params, frozen, self.set.images)
         image_embeds = self._map(self.task.embed_images, params, frozen, features)
         text_embeds = self._map(self.task.embed_texts, params, frozen, ids, mask)
@@ -80,8 +96,10 @@ class Evaluation:
             arrays, rows = (features, ids, mask), (images, texts, texts)
             return self._map(self.task.match, params, frozen, *arrays, rows=rows)
 
-        top_k = self.task.config.eval.rerank_top_k
-        return retrieval_metrics(similarity, image_of_text, match, top_k)
+        candidates = top_k_candidates(similarity, self.task.config.eval.rerank_top_k)
+        reranked = rerank(similarity, candidates, match)
+        self.predictions = _best_texts(reranked.image_to_text, captions)
+        return retrieval_metrics(similarity, reranked, image_of_text)
 
     def _captions(self, params: Params, frozen: Params) -> Metrics:
         self.predictions = self._caption(params, frozen, self.set.images)
@@ -101,6 +119,11 @@ class Evaluation:
         """All captions, and the index of each one's image."""
         pairs = [(c, i) for i, captions in enumerate(self.set.captions) for c in captions]
         return [caption for caption, _ in pairs], np.array([image for _, image in pairs])
+
+
+def _best_texts(scores: np.ndarray, captions: list[str]) -> list[str]:
+    """The caption with the highest score for each image."""
+    return [captions[best] for best in scores.argmax(axis=1)]
 
 
 class Captioner:

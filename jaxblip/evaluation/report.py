@@ -64,7 +64,7 @@ def write_report(
             a step twice, the later line counts. A missing file is said, not an error.
         results: what `report.json` holds: numbers for the table, and "seconds" by phase,
             "versions" by package and "device" for tables of their own.
-        gallery: held-out images, each {"image": uint8 [height, width, 3], "generated": str,
+        gallery: held-out images, each {"image": uint8 [height, width, 3], "predicted": str,
             "references": list of str}. At most 48 are shown, in the given order, up to a third of
             them wrong ones.
         notes: paragraphs of plain text under the heading.
@@ -297,13 +297,13 @@ def _unit(name: str) -> str:
 def _gallery_section(gallery: Sequence[Mapping[str, object]]) -> str:
     if not gallery:
         return ""
-    right = [is_exact(item["generated"], item["references"]) for item in gallery]
+    right = [is_exact(item["predicted"], item["references"]) for item in gallery]
     shown = _choose(right)
     items = "".join(_gallery_item(gallery[index], right[index]) for index in shown)
     wrong_shown = sum(not right[index] for index in shown)
     wrong = len(right) - sum(right)
     count = (
-        f"{sum(right)} of {len(right)} generated captions equal one of their true captions. "
+        f"{sum(right)} of {len(right)} predicted captions are one of the true ones. "
         f"Shown are {len(shown)}"
     )
     count += f", among them {wrong_shown} of the {wrong} wrong ones." if wrong else "."
@@ -321,12 +321,12 @@ def _choose(right: Sequence[bool]) -> list[int]:
 
 def _gallery_item(item: Mapping[str, object], is_right: bool) -> str:
     references = "".join(f"<li>{escape(str(caption))}</li>" for caption in item["references"])
-    generated = escape(str(item["generated"])) or "<em>(empty)</em>"
+    predicted = escape(str(item["predicted"])) or "<em>(empty)</em>"
     kind, mark = ("right", "✓") if is_right else ("wrong", "✗")
     return (
         f'<article class="{kind}"><img alt="{escape(str(item["references"][0]))}" '
         f'src="data:image/png;base64,{_png(item["image"])}">'
-        f'<p><span class="mark" title="{kind}">{mark}</span> {generated}</p>'
+        f'<p><span class="mark" title="{kind}">{mark}</span> {predicted}</p>'
         f"<ul>{references}</ul></article>"
     )
 

@@ -147,17 +147,12 @@ def rerank(
 
 def retrieval_metrics(
     similarity: Float[np.ndarray, "images texts"],
+    reranked: Reranked,
     image_of_text: Int[np.ndarray, " texts"],
-    itm_scores: ItmScores,
-    k: int = 128,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Recall by ITC alone (`itc_i2t_r1`, ...) and after ITM re-ranked the top k (`i2t_r1`, ...).
-
-    Shares of 0-1. k = 128 is what LAVIS evaluates with. Errors as in the parts.
-    """
+    """Recall by ITC alone (`itc_i2t_r1`, ...) and after `rerank` (`i2t_r1`, ...), shares of 0-1."""
     by_itc = recall_at_k(similarity, image_of_text, ks)
-    reranked = rerank(similarity, top_k_candidates(similarity, k), itm_scores)
     final = _named(
         image_to_text_recall(reranked.image_to_text, image_of_text, ks),
         text_to_image_recall(reranked.text_to_image, image_of_text, ks),

@@ -12,16 +12,19 @@ from jaxblip.data.images import decode_image, resize_square
 from jaxblip.data.samples import BadSample
 from jaxblip.errors import UserError
 from jaxblip.evaluation.evaluate import Captioner, Evaluation, Metrics
+from jaxblip.evaluation.report import write_report
 from jaxblip.training.restore import load_run
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+REPORT_FILE = "results.html"
 
 
 def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = None) -> Metrics:
     """Evaluates a checkpoint, prints and saves its metrics.
 
-    Writes `results.json`, and for captions `predictions.jsonl`: image id, caption, references.
+    Writes `results.json`; where images are captioned or captions retrieved also
+    `predictions.jsonl` (image id, caption, references) and `results.html`, which shows them.
     """
     run = load_run(workdir, overrides, step)
     config = run.task.config
@@ -37,6 +40,13 @@ def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     results = {"step": run.step, "source": config.eval.source, **metrics}
     (Path(workdir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     if evaluation.predictions:
+        write_report(
+            Path(workdir) / REPORT_FILE,
+            title=f"{workdir} after {run.step} steps, on {config.eval.source}",
+            phases=[],
+            results=metrics,
+            gallery=evaluation.gallery(),
+        )
         rows = zip(
             evaluation.set.image_ids.tolist(),
             evaluation.predictions,

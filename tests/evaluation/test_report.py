@@ -42,8 +42,8 @@ def picture(value):
     return np.full((6, 8, 3), value, np.uint8)
 
 
-def item(generated, *references, value=0):
-    return {"image": picture(value), "generated": generated, "references": list(references)}
+def item(predicted, *references, value=0):
+    return {"image": picture(value), "predicted": predicted, "references": list(references)}
 
 
 def write(tmp_path, lines=None, results=RESULTS, gallery=(), title="A run", notes=()):
@@ -106,7 +106,7 @@ def test_html_in_captions_titles_and_notes_is_text(tmp_path):
     evil = "<script>alert('x')</script>\" onload=\"y"
     html, page = write(tmp_path, gallery=[item(evil, evil)], title=evil, notes=[evil])
     assert "<script" not in html
-    assert page.text.count("<script>") == 5  # title twice, note, generated, reference
+    assert page.text.count("<script>") == 5  # title twice, note, predicted, reference
     assert not any("onload" in attributes for _, attributes in page.tags)
 
 
@@ -117,7 +117,7 @@ def test_right_is_green_wrong_is_red_and_the_image_is_whole(tmp_path):
     kinds = [a["class"] for tag, a in page.tags if tag == "article"]
     assert kinds == ["right", "wrong"]
     assert ".right p{color:var(--right)}" in html and ".wrong p{color:var(--wrong)}" in html
-    assert "1 of 2 generated captions equal one" in page.text
+    assert "1 of 2 predicted captions are one" in page.text
     source = next(a["src"] for tag, a in page.tags if tag == "img")
     data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), picture(9))

@@ -107,7 +107,8 @@ def test_metrics_agree_with_re_ranking_lists(k):
         similarity = rng.normal(size=(7, 19)).astype(np.float32)
         itm = rng.normal(size=(7, 19)) * 5
         itm[np.arange(7)[:, None] == image_of_text] += 5
-        metrics = retrieval_metrics(similarity, image_of_text, lambda i, t: itm[i, t], k)
+        reranked = rerank(similarity, top_k_candidates(similarity, k), lambda i, t: itm[i, t])
+        metrics = retrieval_metrics(similarity, reranked, image_of_text)
         itc = slow_recall(similarity, similarity, image_of_text, (1, 5, 10))
         final = slow_recall(*slow_rerank(similarity, itm, k), image_of_text, (1, 5, 10))
         assert metrics == pytest.approx({**{f"itc_{n}": v for n, v in itc.items()}, **final})
@@ -148,7 +149,7 @@ def test_nan_is_an_error():
     with pytest.raises(UserError, match="similarity are NaN"):
         top_k_candidates(scores, 1)
     with pytest.raises(UserError, match="ITM logit are NaN"):
-        retrieval_metrics(np.eye(3), np.arange(3), lambda i, t: np.full(len(i), np.nan), 2)
+        rerank(np.eye(3), top_k_candidates(np.eye(3), 2), lambda i, t: np.full(len(i), np.nan))
 
 
 @pytest.mark.parametrize("image_of_text", [[0, 1], [0, 1, 3], [0, 1, -1], [0, 1, 1]])
@@ -159,6 +160,6 @@ def test_wrong_text_owners_are_an_error(image_of_text):
 
 def test_wrong_number_of_match_logits_is_an_error():
     with pytest.raises(ValueError, match="returned shape"):
-        retrieval_metrics(np.eye(3), np.arange(3), lambda i, t: np.zeros(1), 2)
+        rerank(np.eye(3), top_k_candidates(np.eye(3), 2), lambda i, t: np.zeros(1))
     with pytest.raises(ValueError, match="k is 0"):
         top_k_candidates(np.eye(3), 0)
