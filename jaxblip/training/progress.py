@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+_COMPILING = Text("compiling the step")  # below the bar until a step is done
 # In metrics.jsonl and TensorBoard, but too much for one line.
 NOT_SHOWN = ("grad_norm", "skipped_in_a_row", "skipped_total", "seconds_per_step")
 
@@ -84,7 +85,7 @@ class Progress:
         """
         self._total = total_steps
         self._console = console or Console(highlight=False, quiet=jax.process_index() != 0)
-        self._status = Text()
+        self._status = _COMPILING
         self._bar = Bar(
             TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True
         )
@@ -97,6 +98,8 @@ class Progress:
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` steps done."""
+        if self._status is _COMPILING:
+            self._status = Text()
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
