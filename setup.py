@@ -23,6 +23,7 @@ setup(
         "grain>=0.2.18",
         "transformers>=5",
         "tokenizers",
+        "huggingface_hub",
         "ml_collections",
         "numpy",
         "jaxtyping",

@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # embeddings; a vocabulary that `tensor` does not divide (BERT's 30,523) is split by width only
     (r"token_embedding/embedding", ("tensor", "fsdp")),  # [vocab, width]
     (r"position_embedding(/embedding)?", (None, "fsdp")),  # [positions, width]
+    (r"relative_position_bias", (None, "tensor")),  # [buckets, heads]
     (r"patch_embedding/kernel", (None, None, None, "fsdp")),  # [patch, patch, 3, width]
     (r"patch_embedding/bias", (None,)),  # [width]
     (r"cls_token", ()),

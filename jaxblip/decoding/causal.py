@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.search import DecodingConfig, beam_search, greedy_search
+from jaxblip.decoding.search import DecodingConfig, run_search
 from jaxblip.errors import UserError
 from jaxblip.models.attention import causal_mask
-from jaxblip.models.layers import KeyValues
-from jaxblip.models.opt import empty_cache, token_positions
+from jaxblip.models.layers import KeyValues, empty_cache
+from jaxblip.models.opt import token_positions
 
 
 def generate(
@@ -24,24 +24,28 @@ def generate(
     prefix_embeddings: Float[Array, "batch prefix width"],
     prefix_valid: Bool[Array, "batch prefix"],
     config: DecodingConfig,
+    rng: jax.Array | None = None,
 ) -> Int[Array, "batch new"]:
-    """Continues each row's prefix: greedily, or by beam search where `config.num_beams` > 1.
+    """Continues each row's prefix by the search that `config` asks for.
 
     Pure, and compiled once for each shape of the prefix:
     `jax.jit(generate, static_argnames=("language_model", "config"))`.
 
     Args:
-      language_model: an unbound `OptLanguageModel`, or a module with its methods and config fields.
+      language_model: an unbound `OptLanguageModel` or `LlamaLanguageModel`, or a module with their
+        methods, whose config has `max_positions` and `cache_shape`.
       params: its parameters, without the collection's name.
       prefix_embeddings: soft tokens, word embeddings (`embed`), or both.
       prefix_valid: False at padding, which may stand anywhere; at least one True a row.
+      rng: the key of all draws, where `config.sample`.
 
     Returns:
       int32 ids `[batch, config.max_new_tokens]`: the new tokens of a row with its stop token, if it
       came to one, then padding.
 
     Raises:
-      UserError: when prefix and new tokens exceed the model's `max_positions`.
+      UserError: when prefix and new tokens exceed the model's `max_positions`, and when sampling is
+        asked for without a random key.
     """
     length = prefix_embeddings.shape[1] + config.max_new_tokens
     if length > language_model.config.max_positions:
@@ -54,8 +58,7 @@ def generate(
     logits, state = decoder.prefill(
         prefix_embeddings, prefix_valid, config.max_new_tokens, copies=config.num_beams
     )
-    search = greedy_search if config.num_beams == 1 else beam_search
-    return search(decoder, logits, state, config)
+    return run_search(decoder, logits, state, config, rng=rng)
 
 
 @flax.struct.dataclass

@@ -1,8 +1,9 @@
-"""Greedy and beam search as compiled loops of static shape, for any model that is a `Decoder`."""
+"""Greedy and beam search and sampling: compiled loops of static shape, for any `Decoder`."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.struct
@@ -22,9 +23,18 @@ class DecodingConfig:
       stop_token_id: ends a row, and is part of the result.
       pad_token_id: fills a row behind its stop token.
       min_new_tokens: the stop token is impossible before so many tokens.
-      num_beams: 1 is greedy search.
+      num_beams: 1 is greedy search, or sampling.
       length_penalty: a finished beam's score is its log-probability / length ** length_penalty:
         above 0 favours long results, below 0 short ones. Without effect on greedy search.
+      repetition_penalty: the score of a token that the row already has is divided by this where it
+        is positive, and multiplied where it is negative (CTRL, arXiv 1909.05858, as in
+        transformers); 1 is none.
+      sample: draw each token, instead of searching for the most probable ones.
+      temperature: of sampling; the scores are divided by it.
+      top_k: sample among so many most probable tokens (and those that equal the last of them); 0
+        is all.
+      top_p: sample among the most probable tokens that together have at least this probability
+        (and those that equal the last of them); 1 is all. Counted behind `top_k`.
     """
 
     max_new_tokens: int
@@ -33,6 +43,11 @@ class DecodingConfig:
     min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -44,6 +59,18 @@ class DecodingConfig:
             )
         if self.num_beams < 1:
             raise UserError(f"decoding num_beams={self.num_beams} must be at least 1.")
+        if self.sample and self.num_beams > 1:
+            raise UserError(
+                f"decoding sample=True draws one sequence a row: set num_beams={self.num_beams} to "
+                "1, or sample to False."
+            )
+        for name in ("repetition_penalty", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"decoding {name}={getattr(self, name)} must be above 0.")
+        if self.top_k < 0:
+            raise UserError(f"decoding top_k={self.top_k} must be at least 0, which means all.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"decoding top_p={self.top_p} must be above 0 and at most 1.")
 
 
 class Decoder(Protocol):
@@ -62,23 +89,108 @@ class Decoder(Protocol):
         """The state in which beam j of each row continues that row's former beam `parents[j]`."""
 
 
+def run_search(
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    *,
+    rng: jax.Array | None = None,
+    prompt_ids: Int[Array, "batch prompt"] | None = None,
+) -> Int[Array, "batch new"]:
+    """New tokens by the search that `config` asks for; arguments and result as there.
+
+    Raises:
+      UserError: when sampling is asked for without a random key.
+    """
+    if config.num_beams > 1:
+        return beam_search(decoder, logits, state, config, prompt_ids)
+    if not config.sample:
+        return greedy_search(decoder, logits, state, config, prompt_ids)
+    if rng is None:
+        raise UserError("decoding sample=True needs a random key: pass rng=jax.random.key(seed).")
+    return sample_search(decoder, logits, state, config, rng, prompt_ids)
+
+
 def greedy_search(
-    decoder: Decoder, logits: Float[Array, "batch vocab"], state: Any, config: DecodingConfig
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "batch prompt"] | None = None,
 ) -> Int[Array, "batch new"]:
     """The most probable token at each step; ends when every row has stopped.
 
     Args:
       logits: scores of the first new token.
       state: the decoder's, of `batch` rows.
+      prompt_ids: tokens before the new ones that `config.repetition_penalty` counts as well;
+        negative ones do not count.
 
     Returns:
       int32 ids, padded behind the stop token.
     """
+
+    def most_probable(logits, index):
+        return jnp.argmax(logits, axis=-1)
+
+    return _token_by_token(decoder, logits, state, config, prompt_ids, most_probable)
+
+
+def sample_search(
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    rng: jax.Array,
+    prompt_ids: Int[Array, "batch prompt"] | None = None,
+) -> Int[Array, "batch new"]:
+    """A random sequence for each row, each token drawn by its probability (`sampling_logits`).
+
+    Args:
+      rng: decides all draws; the other arguments and the result are those of `greedy_search`.
+    """
+
+    def draw(logits, index):
+        return jax.random.categorical(
+            jax.random.fold_in(rng, index), sampling_logits(logits, config)
+        )
+
+    return _token_by_token(decoder, logits, state, config, prompt_ids, draw)
+
+
+def sampling_logits(
+    logits: Float[Array, "*batch vocab"], config: DecodingConfig
+) -> Float[Array, "*batch vocab"]:
+    """Temperature, then top-k, then top-p, in transformers' order; -inf for what is cut off."""
+    logits = logits.astype(jnp.float32) / config.temperature
+    if config.top_k:
+        kept, _ = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))
+        logits = jnp.where(logits < kept[..., -1:], -jnp.inf, logits)
+    if config.top_p < 1:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        num_kept = jnp.sum(before < config.top_p, axis=-1, keepdims=True)
+        last = jnp.take_along_axis(descending, num_kept - 1, axis=-1)
+        logits = jnp.where(logits < last, -jnp.inf, logits)
+    return logits
+
+
+def _token_by_token(
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "batch prompt"] | None,
+    pick: Callable[[Array, Array], Array],
+) -> Int[Array, "batch new"]:
+    """Extends each row by `pick(scores, index)` until every row has stopped."""
     batch = logits.shape[0]
     ids = jnp.full((batch, config.max_new_tokens), config.pad_token_id, jnp.int32)
 
     def choose(ids, stopped, index, logits):
-        token = jnp.argmax(_forbid_early_stop(logits, index, config), axis=-1)
+        token = pick(_process(logits, ids, index, config, prompt_ids), index)
         token = jnp.where(stopped, config.pad_token_id, token).astype(jnp.int32)
         stopped |= token == config.stop_token_id
         return ids.at[:, index].set(token), stopped, index + 1
@@ -131,7 +243,11 @@ class BeamSearch:
 
 
 def beam_search(
-    decoder: Decoder, logits: Float[Array, "batch vocab"], state: Any, config: DecodingConfig
+    decoder: Decoder,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "batch prompt"] | None = None,
 ) -> Int[Array, "batch new"]:
     """The best complete sequence that a search with `config.num_beams` beams finds.
 
@@ -143,6 +259,7 @@ def beam_search(
     Args:
       logits: scores of the first new token.
       state: the decoder's, of `batch * config.num_beams` rows.
+      prompt_ids: as in `greedy_search`.
 
     Returns:
       int32 ids, padded behind the stop token.
@@ -160,6 +277,8 @@ def beam_search(
         ids=jnp.full((batch, beams, config.max_new_tokens), config.pad_token_id, jnp.int32),
         score=jnp.full((batch, beams), -jnp.inf),
     )
+    if prompt_ids is not None:
+        prompt_ids = jnp.broadcast_to(prompt_ids[:, None], (batch, beams, prompt_ids.shape[1]))
     search = BeamSearch(
         # All beams are the same before the first token, so only one of them may be continued.
         running=empty.replace(score=empty.score.at[:, 0].set(0.0)),
@@ -169,7 +288,7 @@ def beam_search(
         index=jnp.int32(0),
     )
     logits = jnp.broadcast_to(logits[:, None], (batch, beams, vocab))
-    search = _extend(search, logits, config)
+    search = _extend(search, logits, config, prompt_ids)
 
     def unfinished(carry):
         search, _ = carry
@@ -180,19 +299,22 @@ def beam_search(
         state = decoder.reorder(state, search.parents)
         last = search.running.ids[:, :, search.index - 1].reshape(-1)
         logits, state = decoder.step(last, search.index - 1, state)
-        return _extend(search, logits.reshape(batch, beams, vocab), config), state
+        return _extend(search, logits.reshape(batch, beams, vocab), config, prompt_ids), state
 
     search, _ = jax.lax.while_loop(unfinished, advance, (search, state))
     return search.finished.ids[:, 0]
 
 
 def _extend(
-    search: BeamSearch, logits: Float[Array, "batch beams vocab"], config: DecodingConfig
+    search: BeamSearch,
+    logits: Float[Array, "batch beams vocab"],
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "batch beams prompt"] | None,
 ) -> BeamSearch:
     """One token more for the running beams."""
     batch, beams, vocab = logits.shape
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_probs = _forbid_early_stop(log_probs, search.index, config)
+    log_probs = _process(log_probs, search.running.ids, search.index, config, prompt_ids)
     total = (search.running.score[:, :, None] + log_probs).reshape(batch, -1)
     # At most one continuation a beam stops, so of twice as many at least `beams` go on.
     score, flat = jax.lax.top_k(total, 2 * beams)
@@ -228,7 +350,24 @@ def _take(x: Array, places: Int[Array, "batch count"]) -> Array:
     return jnp.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _forbid_early_stop(scores: Array, index: Int[Array, ""], config: DecodingConfig) -> Array:
-    """`scores` (`[..., vocab]`) with -inf for the stop token while `min_new_tokens` is not met."""
-    is_stop = jnp.arange(scores.shape[-1]) == config.stop_token_id
-    return jnp.where(is_stop & (index < config.min_new_tokens), -jnp.inf, scores)
+def _process(
+    scores: Float[Array, "*rows vocab"],
+    ids: Int[Array, "*rows new"],
+    index: Int[Array, ""],
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "*rows prompt"] | None,
+) -> Float[Array, "*rows vocab"]:
+    """Scores of new token number `index`, with the repetition penalty and the minimal length."""
+    scores, vocab = scores.astype(jnp.float32), jnp.arange(scores.shape[-1])
+    if config.repetition_penalty != 1.0:
+        earlier = jnp.where(jnp.arange(ids.shape[-1]) < index, ids, -1)
+        if prompt_ids is not None:
+            earlier = jnp.concatenate([prompt_ids, earlier], axis=-1)
+        # A comparison with the whole vocabulary, and no scatter: it stays local however the scores
+        # are sharded, and is never stored.
+        repeated = jnp.any(earlier[..., None] == vocab, axis=-2)
+        penalty = config.repetition_penalty
+        penalized = jnp.where(scores < 0, scores * penalty, scores / penalty)
+        scores = jnp.where(repeated, penalized, scores)
+    too_early = (vocab == config.stop_token_id) & (index < config.min_new_tokens)
+    return jnp.where(too_early, -jnp.inf, scores)

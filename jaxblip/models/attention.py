@@ -11,8 +11,8 @@ Mask = Bool[Array, "#batch #heads query key"]
 
 def dot_product_attention(
     query: Float[Array, "batch query heads width"],
-    key: Float[Array, "batch key heads width"],
-    value: Float[Array, "batch key heads width"],
+    key: Float[Array, "batch key kv_heads width"],
+    value: Float[Array, "batch key kv_heads width"],
     *,
     mask: Mask | None = None,
     dropout_rate: float = 0.0,
@@ -21,6 +21,8 @@ def dot_product_attention(
     """Softmax attention; the softmax is in float32 whatever the input's dtype.
 
     Args:
+      key: as many heads as the query, or, without dropout, fewer: each is then shared by a group
+        of adjacent query heads, and not repeated in memory.
       mask: True where a query may look. A row with no True gives the mean of the values,
         so padded queries stay finite.
       dropout_rate: dropout of the attention weights (BERT); needs `dropout_rng`.

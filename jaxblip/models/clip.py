@@ -35,6 +35,27 @@ class ClipTextConfig:
         check_heads(self)
 
 
+LEGACY_EOS_TOKEN_ID = 2  # what old CLIP configs say, although their end-of-text token is the last
+
+
+def valid_to_end_of_text(
+    text_ids: Int[Array, "batch text"], eos_token_id: int
+) -> Bool[Array, "batch text"]:
+    """The mask of ids that came without one: True up to the end-of-text token, that included.
+
+    With it, `ClipTextTower` gives the `pooler_output` of transformers' `CLIPTextModel`, also
+    where the end-of-text token serves as padding. As there, a text without an end-of-text token
+    counts as its first token only.
+
+    Args:
+      eos_token_id: of the checkpoint's text config. Configs written before transformers#24773 say
+        2, which is not the token's id; then the highest id of a text is the end-of-text token.
+    """
+    is_legacy = eos_token_id == LEGACY_EOS_TOKEN_ID
+    ends = text_ids if is_legacy else text_ids == eos_token_id
+    return jnp.arange(text_ids.shape[1]) <= ends.argmax(axis=1)[:, None]  # argmax: the first one
+
+
 class ClipTextTower(nn.Module):
     """Causal transformer over the text; its feature is that of the last token."""
 

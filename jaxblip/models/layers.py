@@ -22,6 +22,7 @@ from jaxblip.models.attention import Mask, dot_product_attention
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # BERT and EVA-CLIP use the exact form
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # SigLIP
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
     "relu": nn.relu,  # OPT
 }
@@ -43,6 +44,12 @@ class KeyValues:
             )
 
         return KeyValues(put(self.key, new.key), put(self.value, new.value))
+
+
+def empty_cache(config: Any, batch: int, capacity: int, dtype=jnp.float32) -> KeyValues:
+    """A cache for `capacity` positions, of `config.cache_shape`."""
+    shape = config.cache_shape(batch, capacity)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class KeyValueProjection(nn.Module):

@@ -35,6 +35,10 @@ class OptConfig:
     def __post_init__(self):
         check_heads(self)
 
+    def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int, int]:
+        """Shape of the cached keys, or values: `(layers, batch, capacity, heads, width)`."""
+        return self.num_layers, batch, capacity, self.num_heads, self.width // self.num_heads
+
 
 class OptLanguageModel(nn.Module):
     """Token embeddings in, hidden states out, and the tied output head.
@@ -102,9 +106,3 @@ class OptLanguageModel(nn.Module):
 def token_positions(valid: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Positions that count only valid tokens; padding (on either side) gets 0 or the last."""
     return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-
-
-def empty_cache(config: OptConfig, batch: int, capacity: int, dtype=jnp.float32) -> KeyValues:
-    """A key/value cache for `capacity` positions: `[layers, batch, capacity, heads, width]`."""
-    shape = (config.num_layers, batch, capacity, config.num_heads, config.width // config.num_heads)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

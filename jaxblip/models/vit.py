@@ -1,4 +1,22 @@
-"""Vision transformers: CLIP ViT and EVA-CLIP ViT-g, from uint8-normalised images to tokens."""
+"""Vision transformers, from normalised images to tokens: EVA-CLIP, CLIP, BLIP and SigLIP.
+
+One encoder covers them all; `VitConfig` says in what they differ:
+
+=============  =========  =============  ==========  ==========  ==========  ========  ======
+               pre_norm   has_cls_token  patch_bias  key_bias    activation  epsilon   final
+=============  =========  =============  ==========  ==========  ==========  ========  ======
+EVA-CLIP       no         yes            yes         no          gelu        1e-6      no
+CLIP           yes        yes            no          yes         quick_gelu  1e-5      class
+BLIP           no         yes            yes         yes         gelu        1e-6      all
+SigLIP (1, 2)  no         no             yes         yes         gelu_tanh   1e-6      all
+=============  =========  =============  ==========  ==========  ==========  ========  ======
+
+The final norm is never part of the encoder: every assembly has it as `vision_norm`, trained or
+not. The last column says what the original model norms with it: CLIP its class token; BLIP and
+SigLIP all tokens; EVA-CLIP as BLIP-2 uses it nothing, and BLIP-2's `vision_norm` is a new one, over
+all tokens. The tokens before the last block, which BLIP-2 reads (paper §3.1), are those of an
+encoder with one block fewer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +27,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxblip.errors import UserError
-from jaxblip.models.layers import PreNormBlock, check_heads, layer_norm, scan_layers
+from jaxblip.models.layers import (
+    Attention,
+    FeedForward,
+    KeyValueProjection,
+    PreNormBlock,
+    check_heads,
+    layer_norm,
+    scan_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +43,13 @@ class VitConfig:
     """Size and variant of a vision transformer.
 
     Attributes:
+      activation: a name of `layers.ACTIVATIONS`.
       pre_norm: layer norm after the embeddings (CLIP's `ln_pre`).
-      patch_bias: EVA-CLIP's patch convolution has a bias, CLIP's has none.
+      has_cls_token: a learned token stands before the patches; SigLIP has none.
+      patch_bias: CLIP's patch convolution has no bias, all others have one.
       key_bias: EVA-CLIP's attention has query and value biases only.
+      crop_to_patches: cut off the pixels at the right and at the bottom that fill no patch, as
+        SigLIP so400m/14 does at 384 px; without it, such an image size is an error.
       remat: recompute each block in the backward pass; without effect on a frozen encoder.
     """
 
@@ -32,14 +62,16 @@ class VitConfig:
     activation: str = "gelu"
     layer_norm_epsilon: float = 1e-6
     pre_norm: bool = False
+    has_cls_token: bool = True
     patch_bias: bool = True
     key_bias: bool = True
+    crop_to_patches: bool = False
     initializer_range: float = 0.02
     remat: bool = False
 
     def __post_init__(self):
         check_heads(self)
-        if self.image_size_px % self.patch_size_px:
+        if self.image_size_px % self.patch_size_px and not self.crop_to_patches:
             raise UserError(
                 f"Images of {self.image_size_px} px cannot be cut into patches of "
                 f"patch_size_px={self.patch_size_px}: set data.image_size_px to a multiple of it."
@@ -47,16 +79,12 @@ class VitConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Patches plus the class token."""
-        return (self.image_size_px // self.patch_size_px) ** 2 + 1
+        """Patches, plus the class token where there is one."""
+        return (self.image_size_px // self.patch_size_px) ** 2 + self.has_cls_token
 
 
 class VisionTransformer(nn.Module):
-    """Image to tokens, class token first, without a final norm.
-
-    BLIP-2 norms the tokens with a trained `vision_norm` of its own (LAVIS `ln_vision`), so the
-    final norm of CLIP is not part of the encoder.
-    """
+    """Image to tokens, the class token (if any) first, without a final norm."""
 
     config: VitConfig
     dtype: jnp.dtype = jnp.float32
@@ -78,9 +106,10 @@ class VisionTransformer(nn.Module):
             name="patch_embedding",
         )(images)
         x = patches.reshape(patches.shape[0], -1, c.width)
-        cls_token = self.param("cls_token", init, (c.width,))
-        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, c.width))
-        x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
+        if c.has_cls_token:
+            cls_token = self.param("cls_token", init, (c.width,))
+            cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, c.width))
+            x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         x += self.param("position_embedding", init, (c.num_tokens, c.width)).astype(x.dtype)
         if c.pre_norm:
             x = layer_norm(c.layer_norm_epsilon, self.dtype, "pre_norm")(x)
@@ -96,3 +125,32 @@ class VisionTransformer(nn.Module):
         )
         x, _ = layers(x)
         return x
+
+
+class AttentionPooling(nn.Module):
+    """One vector for all tokens: a learned query attends to them (SigLIP's head).
+
+    The reference is transformers' `SiglipMultiheadAttentionPoolingHead`: no norm before the
+    attention, no residual around it, then the feed-forward half of a pre-norm block. Its sizes are
+    the encoder's. It reads tokens after `vision_norm`, with or without a class token among them.
+    """
+
+    config: VitConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        head_width = c.width // c.num_heads
+        key_values = KeyValueProjection(
+            c.num_heads, head_width, init, self.dtype, name="token_key_values"
+        )(tokens)
+        query = self.param("query_tokens", init, (1, c.width)).astype(tokens.dtype)
+        query = jnp.broadcast_to(query, (tokens.shape[0], 1, c.width))
+        x, _ = Attention(c.num_heads, head_width, init, dtype=self.dtype, name="attention")(
+            query, key_values=key_values
+        )
+        normed = layer_norm(c.layer_norm_epsilon, self.dtype, "mlp_norm")(x)
+        mlp = FeedForward(c.mlp_width, c.activation, init, self.dtype, name="mlp")
+        return (x + mlp(normed))[:, 0]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from jaxblip.models.attention import causal_mask
-from jaxblip.models.opt import OptConfig, OptLanguageModel, empty_cache, token_positions
+from jaxblip.models.layers import empty_cache
+from jaxblip.models.opt import OptConfig, OptLanguageModel, token_positions
 from reference import opt_params, random_opt
 
 CONFIG = OptConfig(

@@ -1,0 +1,1 @@
+"""Weights, configs and processors from and to Hugging Face and LAVIS."""

@@ -1,0 +1,233 @@
+"""BLIP-2 as a whole: transformers' two classes, and the stage-1 checkpoints of LAVIS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxblip.errors import UserError
+from jaxblip.interop.entries import Layout, linear, norm, plain
+from jaxblip.interop.families.opt import hf_opt_config, opt_config, opt_entries
+from jaxblip.interop.families.qformer import (
+    LAVIS,
+    hf_qformer_config,
+    qformer_config,
+    qformer_entries,
+)
+from jaxblip.interop.families.vision import (
+    POSITION_IDS,
+    hf_vision_config,
+    joint_vit_entries,
+    lavis_vit_entries,
+)
+from jaxblip.interop.files import Weights
+from jaxblip.interop.vision import vit_config
+from jaxblip.models.blip2 import Blip2Stage1, Blip2Stage2
+from jaxblip.models.opt import OptConfig
+from jaxblip.models.qformer import QFormerConfig
+
+VISION_TYPE = "blip_2_vision_model"
+
+# What no class of transformers holds: the generative head, and the temperature of the contrast.
+ONLY_IN_TRAINING = ("itg_head", "temperature")
+
+# Language models by what transformers calls them, and by our config.
+CONFIG_OF_TYPE = {"opt": opt_config}
+ENTRIES_OF_CONFIG = {OptConfig: opt_entries}
+HF_CONFIG_OF_CONFIG = {OptConfig: hf_opt_config}
+
+
+def blip2_layout(model: Blip2Stage2) -> Layout:
+    """A checkpoint of `Blip2ForConditionalGeneration`."""
+    language_model = model.language_model_config
+    entries = (
+        *joint_vit_entries(model.vision_config, "vision_model."),
+        *norm("vision_model.post_layernorm", "vision_norm"),
+        *qformer_entries(model.qformer_config),
+        *linear("language_projection", "projection"),
+        *_of(ENTRIES_OF_CONFIG, language_model)(
+            language_model, "language_model.", "language_model/"
+        ),
+    )
+    return Layout(entries, ignored=(POSITION_IDS,))
+
+
+def blip2_retrieval_layout(model: Blip2Stage1) -> Layout:
+    """A checkpoint of `Blip2ForImageTextRetrieval`, which has no place for the ITG head."""
+    entries = (
+        *joint_vit_entries(model.vision_config, "vision_model."),
+        *norm("vision_model.post_layernorm", "vision_norm"),
+        *qformer_entries(model.qformer_config),
+        *linear("vision_projection", "image_projection"),
+        *linear("text_projection", "text_projection"),
+        *linear("itm_head", "itm_head"),
+    )
+    return Layout(entries, ignored=(POSITION_IDS,), absent=ONLY_IN_TRAINING)
+
+
+def lavis_stage1_layout(model: Blip2Stage1) -> Layout:
+    """A stage-1 `.pth` of LAVIS (`Blip2Qformer`); those without the frozen encoder serve as well."""
+    head = "Qformer.cls.predictions"
+    entries = (
+        *lavis_vit_entries(model.vision_config, "visual_encoder."),
+        *norm("ln_vision", "vision_norm"),
+        *qformer_entries(model.qformer_config, LAVIS),
+        *linear("vision_proj", "image_projection"),
+        *linear("text_proj", "text_projection"),
+        *linear("itm_head", "itm_head"),
+        *plain("temp", "temperature"),
+        *linear(f"{head}.transform.dense", "itg_head/dense"),
+        *norm(f"{head}.transform.LayerNorm", "itg_head/norm"),
+        *plain(f"{head}.bias", "itg_head/bias", aliases=(f"{head}.decoder.bias",)),
+    )
+    return Layout(entries, ignored=(POSITION_IDS,))
+
+
+def blip2_model(hf: Mapping[str, Any], dtype: Any = jnp.float32) -> Blip2Stage2:
+    """The model that the config.json of a `Blip2ForConditionalGeneration` describes.
+
+    Raises:
+      UserError: the field and the value that jaxblip does not cover.
+    """
+    vision, text = _vision(hf), dict(hf.get("text_config") or {})
+    model_type = text.get("model_type", "opt")
+    if model_type not in CONFIG_OF_TYPE:
+        raise UserError(
+            f"text_config.model_type={model_type!r} is no language model of BLIP-2 here: it has "
+            f"{', '.join(CONFIG_OF_TYPE)}."
+        )
+    return Blip2Stage2(
+        vision,
+        _qformer(hf),
+        CONFIG_OF_TYPE[model_type](text),
+        vision_norm_epsilon=vision.layer_norm_epsilon,
+        dtype=dtype,
+    )
+
+
+def hf_blip2_config(
+    model: Blip2Stage2, *, image_token_index: int | None = None, **tokens: int
+) -> dict[str, Any]:
+    """The config.json of a `Blip2ForConditionalGeneration`.
+
+    Args:
+      image_token_index: id of the placeholder of a visual token in the tokenizer.
+      tokens: ids of the language model, as in `hf_opt_config`.
+    """
+    language_model = model.language_model_config
+    text = _of(HF_CONFIG_OF_CONFIG, language_model)(language_model, **tokens)
+    return _hf_config(model, "Blip2ForConditionalGeneration") | {
+        "text_config": text,
+        "image_token_index": image_token_index,
+    }
+
+
+def blip2_retrieval_model(
+    hf: Mapping[str, Any], dec_token_id: int | None = None, dtype: Any = jnp.float32
+) -> Blip2Stage1:
+    """The model that the config.json of a `Blip2ForImageTextRetrieval` describes.
+
+    Args:
+      dec_token_id: of the tokenizer; by default the last, which `[DEC]` is in BLIP-2's.
+    """
+    vision, qformer = _vision(hf), _qformer(hf)
+    if not qformer.has_text:
+        raise UserError(
+            "qformer_config.use_qformer_text_input is False: the Q-Former of this checkpoint has "
+            "no text side, so it is of stage 2."
+        )
+    return Blip2Stage1(
+        vision,
+        qformer,
+        dec_token_id=qformer.vocab_size - 1 if dec_token_id is None else dec_token_id,
+        embed_dim=hf.get("image_text_hidden_size", 256),
+        vision_norm_epsilon=vision.layer_norm_epsilon,
+        dtype=dtype,
+    )
+
+
+def hf_blip2_retrieval_config(
+    model: Blip2Stage1, *, image_token_index: int | None = None
+) -> dict[str, Any]:
+    """The config.json of a `Blip2ForImageTextRetrieval`; arguments as in `hf_blip2_config`."""
+    return _hf_config(model, "Blip2ForImageTextRetrieval") | {
+        "image_text_hidden_size": model.embed_dim,
+        "image_token_index": image_token_index,
+    }
+
+
+def export_notes(model: Blip2Stage1 | Blip2Stage2) -> tuple[str, ...]:
+    """What transformers' classes compute otherwise than `model`, one sentence each."""
+    ours, theirs = model.vision_norm_epsilon, model.vision_config.layer_norm_epsilon
+    if ours == theirs:
+        return ()
+    note = (
+        f"transformers norms the image features with the encoder's epsilon {theirs}, not with "
+        f"{ours} (model.vision_norm_epsilon), so its outputs differ slightly."
+    )
+    return (note,)
+
+
+def lavis_qformer_config(weights: Weights) -> QFormerConfig:
+    """The Q-Former of a LAVIS stage-1 file, which has no config: sizes by the shapes.
+
+    Heads are 64 wide, as in BERT.
+
+    Raises:
+      UserError: the file is none of that kind.
+    """
+    shapes = {name: info.shape for name, info in weights.tensors.items()}
+    words = f"{LAVIS.embeddings}.word_embeddings.weight"
+    if needed := sorted({"query_tokens", words} - set(shapes)):
+        raise UserError(
+            f"{weights.source!r} has no {needed[0]!r}: it is no stage-1 checkpoint of LAVIS."
+        )
+    numbers, crossing = (
+        {
+            int(name.removeprefix(LAVIS.layers).split(".")[0])
+            for name in shapes
+            if name.startswith(LAVIS.layers) and part in name
+        }
+        for part in ("", ".crossattention.")
+    )
+    vocab_size, width = shapes[words]
+    return QFormerConfig(
+        num_query_tokens=shapes["query_tokens"][1],
+        width=width,
+        num_layers=len(numbers),
+        num_heads=width // 64,
+        mlp_width=shapes[f"{LAVIS.layers}0.intermediate.dense.weight"][0],
+        cross_attention_frequency=len(numbers) // len(crossing),
+        vocab_size=vocab_size,
+        max_positions=shapes[f"{LAVIS.embeddings}.position_embeddings.weight"][0],
+    )
+
+
+def _vision(hf: Mapping[str, Any]):
+    return vit_config({"model_type": VISION_TYPE} | dict(hf.get("vision_config") or {}))
+
+
+def _qformer(hf: Mapping[str, Any]) -> QFormerConfig:
+    return qformer_config(hf.get("qformer_config") or {}, hf.get("num_query_tokens", 32))
+
+
+def _hf_config(model: Blip2Stage1 | Blip2Stage2, architecture: str) -> dict[str, Any]:
+    vision = model.vision_config
+    return {
+        "architectures": [architecture],
+        "model_type": "blip-2",
+        "num_query_tokens": model.qformer_config.num_query_tokens,
+        "vision_config": hf_vision_config(vision, VISION_TYPE),
+        "qformer_config": hf_qformer_config(model.qformer_config, vision.width),
+    }
+
+
+def _of(table: Mapping[type, Any], config: Any) -> Any:
+    if type(config) not in table:
+        raise UserError(
+            f"A language model of {type(config).__name__} has no place in BLIP-2 checkpoints: they "
+            f"have {', '.join(kind.__name__ for kind in table)}."
+        )
+    return table[type(config)]
