@@ -9,7 +9,7 @@ def get_config(arg=""):
     common.set_openmoji(config)
     config.init.vision = "runs/openmoji/vision"
     config.batch_size = 64
-    config.steps = 500
+    config.steps = 800
     config.model.embed_dim = 128
     config.eval.rerank_top_k = 16
     return config
