@@ -37,7 +37,7 @@ RELATIONS = {
     "left": ("left of", "right of", "to its left", "to its right"),
     "above": ("above", "below", "above it", "below it"),
 }
-SPLIT_SIZES = {"train": 100_000, "heldout": 500}
+SPLIT_SIZES = {"train": 30_000, "heldout": 500}
 
 _HELDOUT_SHARE = 0.2  # of the pairs
 _SIZE_JITTER = 0.05  # relative; the two sizes stay far apart

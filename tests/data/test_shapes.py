@@ -170,7 +170,7 @@ def test_without_images_keeps_the_captions():
     text = source.without_images()
     assert "image" not in text[5]
     assert text[5]["captions"] == source[5]["captions"]
-    assert len(text) == len(source) == 100_000
+    assert len(text) == len(source) == 30_000
 
 
 def test_wrong_split_and_size_are_errors():
