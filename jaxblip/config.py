@@ -1,7 +1,8 @@
 """Experiment configs: the fields with their defaults, and loading them from a file with overrides.
 
-A config file defines `get_config(arg="")`, which starts from `default_config(task)` and sets what
-differs. It is data: importing it downloads nothing and touches no device.
+A config file defines `get_config(arg="")`, which starts from `default_config(task)`, or from
+`default_config(task, language_model="t5")`, and sets what differs. It is data: importing it
+downloads nothing and touches no device.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
-from jaxblip.models.opt import OptConfig
+from jaxblip.models.language_models import config_class
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
 from jaxblip.tasks import TASKS
-from jaxblip.tasks.parts import model_fields
+from jaxblip.tasks.base import PIXEL_MEAN, PIXEL_STD
+from jaxblip.tasks.parts import language_model_config, language_model_section, model_fields
 
 # Fields that may differ when a run goes on in its work directory: they change no result.
 MAY_CHANGE_ON_RESUME = (
@@ -37,10 +39,17 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-def default_config(task: str) -> ConfigDict:
-    """All fields of a run of `task`, with BLIP-2's values where the paper gives one."""
+def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
+    """All fields of a run of `task`, with BLIP-2's values where the paper gives one.
+
+    Args:
+      language_model: where the task has one, its architecture: opt, llama or t5.
+    """
     if task not in TASKS:
         raise UserError(f"There is no task {task!r}: the tasks are {', '.join(TASKS)}.")
+    is_encoder_decoder = (
+        task in ("language_model", "stage2") and config_class(language_model).is_encoder_decoder
+    )
     config = ConfigDict()
     config.task = task  # what is optimised: clip, language_model, stage1, stage2
     config.seed = 42  # of initial parameters, data order, augmentation, dropout, negatives
@@ -52,17 +61,21 @@ def default_config(task: str) -> ConfigDict:
     config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
     config.log_every_steps = 50  # steps between two lines of metrics
 
-    config.model = _model(task)
-    config.loss = _loss(task)
+    config.model = _model(task, language_model)
+    config.loss = _loss(task, is_encoder_decoder)
     config.init = _init(task)
 
     config.optimizer = optimizer = ConfigDict()
+    # "adamw", as in all papers of the family, or "muon": orthogonalised momentum for the matrices of
+    # linear maps, AdamW for the rest; it takes the same learning rates and more
+    optimizer.name = "adamw"
     optimizer.peak_lr = 1e-4  # learning rate after the warm-up
     optimizer.min_lr = 1e-5  # learning rate at the last step
     optimizer.warmup_init_lr = 1e-6  # learning rate at step 0
     optimizer.warmup_steps = 2000  # steps of linear warm-up
     optimizer.b1 = 0.9  # AdamW: decay of the first moment
     optimizer.b2 = 0.98  # AdamW: decay of the second moment
+    optimizer.momentum = 0.95  # Muon: decay of the momentum
     optimizer.eps = 1e-8  # AdamW: added to the root of the second moment
     optimizer.weight_decay = 0.05  # AdamW; biases, norms and scalars are not decayed
     optimizer.clip_norm = 0.0  # largest global gradient norm; 0 = off, as in the paper
@@ -81,11 +94,17 @@ def default_config(task: str) -> ConfigDict:
     data.vocab_size = 2048  # largest vocabulary of a tokenizer that is trained here, tokens
     data.stop_token = ""  # ends a text of the language model ("\n" for OPT); "" = the end token
     data.max_text_tokens = 32  # text length, tokens, special ones included
+    if is_encoder_decoder:
+        # of what the language model's encoder reads of prompt and caption, end token included
+        data.max_input_tokens = 32
     data.max_words = 50  # words kept of a caption
     if task == "language_model":
         data.captions_per_text = 1  # captions of one image in a text, each with begin and end token
-    data.prompt = ""  # stands before every caption; in stage 2 its tokens carry no loss
+    # stands before every caption; in stage 2 its tokens carry no loss. An encoder reads it
+    data.prompt = ""
     data.image_size_px = 224  # side of the square images, pixels
+    data.pixel_mean = PIXEL_MEAN  # of red, green, blue between 0 and 1; SigLIP: 0.5,0.5,0.5
+    data.pixel_std = PIXEL_STD  # what they are divided by, less the mean; SigLIP: 0.5,0.5,0.5
     data.crop_scale = (0.5, 1.0)  # share of the image's area that a random crop keeps
     data.crop_aspect = (3 / 4, 4 / 3)  # width over height of a random crop
     data.flip_probability = 0.5  # share of images that are mirrored
@@ -116,7 +135,7 @@ def default_config(task: str) -> ConfigDict:
     return config
 
 
-def _model(task: str) -> ConfigDict:
+def _model(task: str, language_model: str) -> ConfigDict:
     """Sizes; the fields are those of the config classes in `jaxblip.models`."""
     model = ConfigDict()
     if task != "language_model":
@@ -134,12 +153,19 @@ def _model(task: str) -> ConfigDict:
         model.embed_dim = 256  # width of the contrastive space
         model.dec_token_id = -1  # token that starts a generated text; -1 = the tokenizer's [DEC]
     if task in ("language_model", "stage2"):
-        model.language_model = model_fields(OptConfig, vocab_size=0)
+        model.language_model = language_model_section(language_model, vocab_size=0)
+        if "start_token_id" in model.language_model:
+            # what the decoder reads first; -1 = the tokenizer's padding, as in T5
+            model.language_model.start_token_id = -1
     return model
 
 
-def _loss(task: str) -> ConfigDict:
+def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
     loss = ConfigDict()
+    if is_encoder_decoder:
+        # The encoder reads the prompt and the first words of the caption, a random number of them,
+        # and the loss is about the rest (BLIP-2 §3.3); False: about the whole caption
+        loss.prefix_lm = True
     if task == "clip":
         loss.label_smoothing = 0.0  # share of the target that is uniform over the batch
         loss.gradient_to_all = True  # gradient to both sides of each comparison, as CLIP
@@ -188,6 +214,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = get_config(argument)
     config.lock()
     apply_overrides(config, overrides)
+    if "language_model" in config.model:
+        language_model_config(config)  # an architecture that does not fit, before any download
     return config
 
 
@@ -195,7 +223,8 @@ def config_from_dict(saved: Mapping[str, Any]) -> ConfigDict:
     """The config that `ConfigDict.to_dict` gave and JSON kept, locked."""
     if saved.get("task") not in TASKS:
         raise UserError(f"The saved config is of no task that exists: task={saved.get('task')!r}.")
-    config = default_config(saved["task"])
+    language_model = saved.get("model", {}).get("language_model", {}).get("architecture", "opt")
+    config = default_config(saved["task"], language_model=language_model)
     config.update(_tuples(saved))
     return config.lock()
 

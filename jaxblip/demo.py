@@ -24,6 +24,7 @@ PHASES = {
     "stage1": ("vision",),
     "stage2": ("vision", "language_model", "qformer"),
 }
+SECONDS_FILE = "seconds.json"
 QUICK = ("config.steps=20", "config.optimizer.warmup_steps=5", "config.eval.max_images=40")
 
 
@@ -40,21 +41,24 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
     if not CONFIGS.is_dir():
         raise UserError(f"There is no {CONFIGS} here: run the demo in the root of the repository.")
     folder = Path(out)
-    seconds, metrics = {}, {}
+    metrics = {}
     for phase, parts in PHASES.items():
-        begin = time.perf_counter()
         overrides = list(QUICK) if quick else []
         overrides += [f"config.init.{part}={_source(folder, part)}" for part in parts]
         config, workdir = f"{CONFIGS}/{phase}.py", str(folder / phase)
         shown = "".join(f" \\\n    --{override}" for override in overrides)
         print(f"\n$ jaxblip train --config={config} --workdir={workdir}{shown}", flush=True)
-        metrics[phase] = train(load_config(config, overrides), workdir)
-        seconds[phase] = round(time.perf_counter() - begin, 1)
-        if saved_steps(workdir)[-1] < load_config(config, overrides).steps:
+        settings = load_config(config, overrides)
+        begin, steps = time.perf_counter(), saved_steps(workdir)
+        metrics[phase] = train(settings, workdir)
+        if saved_steps(workdir) != steps:
+            _add_seconds(folder, phase, time.perf_counter() - begin)
+        if saved_steps(workdir)[-1] < settings.steps:
             return {}  # stopped by SIGTERM; the same command goes on
 
     begin = time.perf_counter()
     gallery = _gallery(str(folder / "stage2"))
+    seconds = _seconds(folder)
     seconds["gallery"] = round(time.perf_counter() - begin, 1)
     seconds["total"] = round(sum(seconds.values()), 1)
     environment = describe_environment()
@@ -94,6 +98,18 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
 def _source(folder: Path, part: str) -> Path:
     """The run that trains a part; the Q-Former comes from stage 1."""
     return folder / ("stage1" if part == "qformer" else part)
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """Time that each phase has taken, over all calls of the demo that ended of themselves."""
+    file = folder / SECONDS_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _add_seconds(folder: Path, phase: str, elapsed: float) -> None:
+    seconds = _seconds(folder)
+    seconds[phase] = round(seconds.get(phase, 0.0) + elapsed, 1)
+    (folder / SECONDS_FILE).write_text(json.dumps(seconds) + "\n")
 
 
 def _gallery(workdir: str) -> list[dict[str, object]]:

@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embedding/bias", (None,)),  # [width]
     (r"cls_token", ()),
     (r"query_tokens", (None, "fsdp")),  # [queries, width]
+    (r"ns_coeffs", (None,)),  # Muon's polynomial, in the optimizer state
     # projections and heads
     (r"lm_head/kernel", ("fsdp", "tensor")),  # [width, vocab]
     (r"itg_head/bias", ("tensor",)),  # [vocab]

@@ -1,12 +1,15 @@
-"""AdamW with BLIP-2's weight-decay mask, and its learning rate: linear warm-up, cosine decay."""
+"""AdamW or Muon with BLIP-2's weight-decay mask, and their rate: linear warm-up, cosine decay."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers
 
 from jaxblip.errors import UserError
 
@@ -55,15 +58,69 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW without its learning rate: the step multiplies its output by -`learning_rate(step)`.
+    """The optimizer without its learning rate: the step multiplies its output by the rate's negative.
 
     Kept apart, the schedule follows the run's step even where an update was skipped.
     `optimizer.clip_norm` is the largest global gradient norm; 0 switches clipping off.
+
+    Raises:
+      UserError: `optimizer.name` is none of `DIRECTIONS`.
     """
     optimizer = config.optimizer
+    if optimizer.name not in DIRECTIONS:
+        raise UserError(
+            f"optimizer.name={optimizer.name!r} is none of {', '.join(DIRECTIONS)}: choose one."
+        )
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm > 0 else []
     return optax.chain(
         *clip,
-        optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps),
+        DIRECTIONS[optimizer.name](optimizer),
         optax.add_decayed_weights(optimizer.weight_decay, mask=weight_decay_mask),
     )
+
+
+def _adam(optimizer: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps)
+
+
+def _muon(optimizer: ConfigDict) -> optax.GradientTransformation:
+    """Orthogonalised momentum for matrices, Adam for everything else, Nesterov's way in both.
+
+    Muon's updates are scaled to the root mean square that Adam's have (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", §2.2), so both work at one learning rate.
+    """
+    return optax.contrib.muon(
+        learning_rate=-1.0,  # the direction itself
+        beta=optimizer.momentum,
+        adam_b1=optimizer.b1,
+        adam_b2=optimizer.b2,
+        eps=optimizer.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrix_dimensions,
+    )
+
+
+DIRECTIONS: dict[str, Callable] = {"adamw": _adam, "muon": _muon}
+
+# End of a kernel's path -> how many trailing dimensions are inputs and outputs of its linear map.
+# Those before them are the layers of a stack. Muon is for the maps between hidden states: patch
+# embeddings, word embeddings and heads onto classes or words keep Adam.
+MATRICES = (
+    (r"(query|key|value)/kernel", 1, 2),  # [width, heads, head_width]
+    (r"out/kernel", 2, 1),  # [heads, head_width, width]
+    (r"(up|gate|down|dense|[a-z_]*projection)/kernel", 1, 1),
+)
+
+
+def matrix_dimensions(params: Any) -> Any:
+    """The same tree: which axes of a parameter Muon takes as rows and columns, None for Adam."""
+
+    def dimensions(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, inputs, outputs in MATRICES:
+            if re.search(rf"(^|/){pattern}$", name):
+                axes = tuple(range(leaf.ndim - inputs - outputs, leaf.ndim))
+                return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+        return None
+
+    return jax.tree.map_with_path(dimensions, params)

@@ -11,12 +11,19 @@ import torch
 from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
-from jaxblip.training.optimizer import learning_rate, make_optimizer, weight_decay_mask
+from jaxblip.tasks import make_task
+from jaxblip.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    matrix_dimensions,
+    weight_decay_mask,
+)
+from tests.tiny_tasks import tiny_config
 
 
 def config(**changes):
     optimizer = dict(
-        peak_lr=1e-2, min_lr=1e-3, warmup_init_lr=1e-6, warmup_steps=5,
+        name="adamw", momentum=0.95, peak_lr=1e-2, min_lr=1e-3, warmup_init_lr=1e-6, warmup_steps=5,
         b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.05, clip_norm=0.0, accumulation_steps=1,
     )  # fmt: skip
     steps = changes.pop("steps", 30)
@@ -141,3 +148,83 @@ def test_the_optimizer_state_holds_two_moments_and_one_count():
     state = make_optimizer(config()).init(params)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,), (4, 3), (4, 3)]
     assert optax.tree.get(state, "mu")["dense"]["kernel"].dtype == jnp.float32
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match="optimizer.name='sgd' is none of adamw, muon"):
+        make_optimizer(config(name="sgd"))
+
+
+def muon_direction(matrix, coefficients=(3.4445, -4.775, 2.0315), steps=5):
+    """Muon's update of a first gradient, in NumPy: five Newton-Schulz steps, scaled as Adam's."""
+    x = matrix / np.linalg.norm(matrix)
+    if matrix.shape[0] > matrix.shape[1]:
+        x = x.T
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    if matrix.shape[0] > matrix.shape[1]:
+        x = x.T
+    return 0.2 * np.sqrt(max(matrix.shape)) * x
+
+
+def test_muon_orthogonalises_each_layer_and_each_map_as_one_matrix():
+    rng = np.random.default_rng(0)
+    layers, width, heads, head_width, hidden = 3, 8, 2, 4, 12
+    shapes = {
+        "attention": {
+            "query": {"kernel": (layers, width, heads, head_width)},
+            "out": {"kernel": (layers, heads, head_width, width)},
+        },
+        "mlp": {"up": {"kernel": (layers, width, hidden), "bias": (layers, hidden)}},
+        "projection": {"kernel": (width, hidden)},
+    }
+    params = jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    optimizer = make_optimizer(config(name="muon", weight_decay=0.0))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+
+    def check(update, grad, rows, columns):
+        for layer in range(layers):
+            expected = muon_direction(grad[layer].reshape(rows, columns))
+            np.testing.assert_allclose(
+                update[layer].reshape(rows, columns), expected, rtol=2e-3, atol=1e-4
+            )
+
+    for name in ("query", "out"):
+        check(
+            updates["attention"][name]["kernel"], grads["attention"][name]["kernel"], width, width
+        )
+    check(updates["mlp"]["up"]["kernel"], grads["mlp"]["up"]["kernel"], width, hidden)
+    expected = muon_direction(grads["projection"]["kernel"])
+    np.testing.assert_allclose(updates["projection"]["kernel"], expected, rtol=2e-3, atol=1e-4)
+    # The rest has Adam with Nesterov's momentum: its first step goes by the gradient's sign.
+    bias, first = updates["mlp"]["up"]["bias"], 1 + 0.9 * (1 - 0.9) / (1 - 0.9**2)
+    np.testing.assert_allclose(bias, first * np.sign(grads["mlp"]["up"]["bias"]), rtol=1e-3)
+
+
+def test_muon_decays_the_same_parameters_as_adamw():
+    params = {"up": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    optimizer = make_optimizer(config(name="muon", weight_decay=0.3))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["up"]["kernel"], 0.3, rtol=1e-6)
+    np.testing.assert_allclose(updates["up"]["bias"], 0.0)
+
+
+@pytest.mark.parametrize("task", ["clip", "language_model", "stage1", "stage2"])
+def test_muon_takes_all_linear_maps_of_a_task_and_nothing_else(task):
+    shapes = jax.eval_shape(lambda: make_task(tiny_config(task)).init(jax.random.key(0)))
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        adam = (
+            "norm/", "embedding", "bias", "cls_token", "query_tokens", "temperature",
+            "logit_scale", "itm_head", "lm_head",
+        )  # fmt: skip
+        of_muon = matrix_dimensions({name: leaf})[name] is not None
+        assert of_muon != any(part in name for part in adam), name
