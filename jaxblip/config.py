@@ -88,8 +88,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.train = ""  # training source: "shapes:train" or the path of a .jsonl file
-    # Hugging Face name or folder; "" = that of the run in init.language_model or init.qformer, or
-    # else a WordPiece trained on the captions
+    # Hugging Face name or folder; "" = that of what init.language_model (stage 1: init.qformer)
+    # names, or else a WordPiece trained on the captions
     data.tokenizer = ""
     data.vocab_size = 2048  # largest vocabulary of a tokenizer that is trained here, tokens
     data.stop_token = ""  # ends a text of the language model ("\n" for OPT); "" = the end token
@@ -181,8 +181,14 @@ def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
 
 
 def _init(task: str) -> ConfigDict:
-    """Where parts start from: the work directory of a run, "random", or "" (random if trained)."""
+    """Where parts start from.
+
+    Each is the work directory of a run, published weights ("hf:NAME", "hf:NAME@REVISION", a folder,
+    or a file .safetensors, .pth or .gguf), "random", or "" (random if trained). Published weights
+    bring the sizes of their part with them, and the tokenizer where data.tokenizer is "".
+    """
     init = ConfigDict()
+    init.all = ""  # all parts that it has and that are not named below
     if task != "language_model":
         init.vision = ""  # image encoder
     if task in ("stage1", "stage2"):
@@ -240,6 +246,14 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets fields of a locked config, each given as `config.field=value`."""
     for override in overrides:
         _apply_override(config, override)
+    names = [override.partition("=")[0].removeprefix("config.") for override in overrides]
+    # An attribute of the object, and no field: it says how the config was made, not what it is.
+    object.__setattr__(config, "_overridden", overridden_fields(config) | frozenset(names))
+
+
+def overridden_fields(config: ConfigDict) -> frozenset[str]:
+    """Dotted names of the fields that `apply_overrides` has set on this very object."""
+    return vars(config).get("_overridden", frozenset())
 
 
 @contextlib.contextmanager

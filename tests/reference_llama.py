@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import transformers
-from reference import Weights, randomized, stacked
+from reference import randomized
+from reference_weights import params_of
 from transformers import PreTrainedModel
+
+from jaxblip.interop.families.llama import llama_config, llama_layout
+from jaxblip.models.attention import causal_mask
+from jaxblip.models.llama import LlamaConfig, LlamaLanguageModel
+from jaxblip.models.opt import token_positions
 
 # Of the four frequencies of a head that is 8 wide, one is kept, one changed, and two are divided.
 LLAMA3_ROPE = {
@@ -45,37 +54,19 @@ def random_llama(variant: str, seed: int = 0, **overrides) -> PreTrainedModel:
     return randomized(getattr(transformers, f"{family}ForCausalLM")(config), seed)
 
 
+def llama_shapes(config: LlamaConfig) -> dict:
+    """Abstract parameters of `LlamaLanguageModel`, those that embed and make logits included."""
+
+    def everything(model, ids):
+        valid = jnp.ones(ids.shape, bool)
+        hidden, _ = model(model.embed(ids), token_positions(valid), causal_mask(valid))
+        return model.logits(hidden)
+
+    init = nn.init(everything, LlamaLanguageModel(config))
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+
+
 def llama_params(model: PreTrainedModel) -> dict:
     """Parameters of `LlamaLanguageModel`."""
-    w, config = Weights(model), model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-
-    def norm(name):
-        return {"scale": w[f"{name}.weight"]}
-
-    def layer(i):
-        at = f"model.layers.{i}"
-        attention = {
-            "query": w.to_heads(f"{at}.self_attn.q_proj", heads),
-            "key": w.to_heads(f"{at}.self_attn.k_proj", kv_heads),
-            "value": w.to_heads(f"{at}.self_attn.v_proj", kv_heads),
-            "out": w.from_heads(f"{at}.self_attn.o_proj", heads),
-        }
-        if config.model_type == "qwen3":
-            attention["query_norm"] = norm(f"{at}.self_attn.q_norm")
-            attention["key_norm"] = norm(f"{at}.self_attn.k_norm")
-        return {
-            "attention_norm": norm(f"{at}.input_layernorm"),
-            "attention": attention,
-            "mlp_norm": norm(f"{at}.post_attention_layernorm"),
-            "mlp": {name: w.linear(f"{at}.mlp.{name}_proj") for name in ("gate", "up", "down")},
-        }
-
-    params = {
-        "token_embedding": w.embedding("model.embed_tokens"),
-        "layers": stacked([layer(i) for i in range(config.num_hidden_layers)]),
-        "final_norm": norm("model.norm"),
-    }
-    if not config.tie_word_embeddings:
-        params["lm_head"] = w.linear("lm_head")
-    return params
+    config = llama_config(model.config.to_dict())
+    return params_of(model, llama_layout(config), llama_shapes(config))

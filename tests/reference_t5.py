@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import torch
 import transformers
 
-from reference import Weights, randomized, stacked
+from jaxblip.interop.families.t5 import t5_config, t5_layout
+from jaxblip.models.attention import causal_mask
+from jaxblip.models.t5 import T5Config, T5LanguageModel
+from reference import randomized
+from reference_weights import params_of
+from tiny_checkpoints import shapes_of
 
 # FlanT5, FlanT5 as BLIP-2 runs it, and the first T5.
 VARIANTS = {
@@ -53,55 +59,14 @@ def with_own_head(
     return model
 
 
+def t5_shapes(config: T5Config) -> dict:
+    """Abstract parameters of `T5LanguageModel`."""
+    valid, embeddings = jnp.ones((1, 2), bool), jnp.zeros((1, 2, config.width))
+    inputs = embeddings, valid, embeddings, causal_mask(valid)
+    return shapes_of(T5LanguageModel(config), *inputs)
+
+
 def t5_params(model: transformers.T5ForConditionalGeneration) -> dict:
     """Parameters of `T5LanguageModel`."""
-    w, heads = Weights(model), model.config.num_heads
-
-    def norm(name):
-        return {"scale": w[f"{name}.weight"]}
-
-    def attention(at):
-        params = w.attention(at, heads, "q", "k", "v")
-        return params | {"out": w.from_heads(f"{at}.o", heads)}
-
-    def feed_forward(at):
-        names = {"gate": "wi_0", "up": "wi_1"} if model.config.is_gated_act else {"up": "wi"}
-        return {ours: w.linear(f"{at}.{name}") for ours, name in (names | {"down": "wo"}).items()}
-
-    def layer(at, is_decoder):
-        params = {
-            "attention_norm": norm(f"{at}.0.layer_norm"),
-            "attention": attention(f"{at}.0.SelfAttention"),
-            "mlp_norm": norm(f"{at}.{1 + is_decoder}.layer_norm"),
-            "mlp": feed_forward(f"{at}.{1 + is_decoder}.DenseReluDense"),
-        }
-        if is_decoder:
-            cross = attention(f"{at}.1.EncDecAttention")
-            params["cross_attention_norm"] = norm(f"{at}.1.layer_norm")
-            params["cross_attention"] = {name: cross[name] for name in ("query", "out")}
-            return params, {name: cross[name] for name in ("key", "value")}
-        return params, None
-
-    def stack(name):
-        count = len(getattr(model, name).block)
-        layers, encoder_key_values = zip(
-            *(layer(f"{name}.block.{i}.layer", name == "decoder") for i in range(count))
-        )
-        first = f"{name}.block.0.layer.0.SelfAttention"
-        params = {
-            "relative_position_bias": w[f"{first}.relative_attention_bias.weight"],
-            "layers": stacked(layers),
-            "final_norm": norm(f"{name}.final_layer_norm"),
-        }
-        return params, encoder_key_values
-
-    (encoder, _), (decoder, encoder_key_values) = stack("encoder"), stack("decoder")
-    params = {
-        "token_embedding": w.embedding("shared"),
-        "encoder": encoder,
-        "decoder": decoder,
-        "encoder_key_values": stacked(encoder_key_values),
-    }
-    if not model.config.scale_decoder_outputs:
-        params["lm_head"] = w.linear("lm_head")
-    return params
+    config = t5_config(model.config.to_dict())
+    return params_of(model, t5_layout(config), t5_shapes(config))

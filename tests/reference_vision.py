@@ -6,12 +6,20 @@ Beside those of `reference`: BLIP and SigLIP.
 from __future__ import annotations
 
 import copy
+import functools
 
-import numpy as np
+import jax.numpy as jnp
 import torch
 import transformers
 
-from reference import Weights, clip_layers_params, stacked
+from jaxblip.interop.entries import Layout, norm
+from jaxblip.interop.families.siglip import siglip_layout, siglip_model, siglip_vision_layout
+from jaxblip.interop.families.vision import joint_vit_entries, vit_config
+from jaxblip.models.layers import layer_norm
+from jaxblip.models.siglip import Siglip
+from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
+from reference_weights import params_of
+from tiny_checkpoints import shapes_of
 
 
 def gradients(model: torch.nn.Module) -> torch.nn.Module:
@@ -26,87 +34,49 @@ def gradients(model: torch.nn.Module) -> torch.nn.Module:
     return twin
 
 
-def _thirds(joint: np.ndarray, heads: int) -> dict[str, np.ndarray]:
-    """The joint `[3 * width]` or `[width, 3 * width]` projection by name, split into heads."""
-    parts = np.split(joint, 3, axis=-1)
-    names = ("query", "key", "value")
-    return {n: p.reshape(*p.shape[:-1], heads, -1) for n, p in zip(names, parts, strict=True)}
-
-
-def joint_attention(kernel: np.ndarray, bias: np.ndarray, heads: int) -> dict:
-    """Projections to heads from one kernel `[width, 3 * width]` and its bias."""
-    kernels, biases = _thirds(kernel, heads), _thirds(bias, heads)
-    return {name: {"kernel": kernels[name], "bias": biases[name]} for name in kernels}
+def vision_shapes(config: VitConfig) -> dict:
+    """Abstract parameters of an image encoder, of the norm behind it and of SigLIP's pooling."""
+    side = config.image_size_px
+    tokens = jnp.zeros((1, config.num_tokens, config.width))
+    return {
+        "vision": shapes_of(VisionTransformer(config), jnp.zeros((1, side, side, 3))),
+        "vision_norm": shapes_of(layer_norm(config.layer_norm_epsilon, jnp.float32), tokens),
+        "image_pooling": shapes_of(AttentionPooling(config), tokens),
+    }
 
 
 def blip_vit_params(model: transformers.BlipVisionModel) -> dict:
     """Parameters of `VisionTransformer` (without the norm behind it) in the BLIP variant."""
-    w, heads = Weights(model), model.config.num_attention_heads
+    config = vit_config(model.config.to_dict())
+    entries = (*joint_vit_entries(config), *norm("post_layernorm", "vision_norm"))
+    shapes = {"vision": vision_shapes(config)["vision"]}
+    return params_of(model, Layout(entries), shapes)["vision"]
 
-    def layer(i):
-        at = f"encoder.layers.{i}"
-        qkv = f"{at}.self_attn.qkv"
-        attention = joint_attention(w[f"{qkv}.weight"].T, w[f"{qkv}.bias"], heads)
-        out = w.from_heads(f"{at}.self_attn.projection", heads)
-        return {
-            "attention_norm": w.norm(f"{at}.layer_norm1"),
-            "attention": attention | {"out": out},
-            "mlp_norm": w.norm(f"{at}.layer_norm2"),
-            "mlp": w.mlp(f"{at}.mlp.fc1", f"{at}.mlp.fc2"),
-        }
 
-    return {
-        "patch_embedding": w.patches("embeddings.patch_embedding"),
-        "cls_token": w["embeddings.class_embedding"].reshape(-1),
-        "position_embedding": w["embeddings.position_embedding"][0],
-        "layers": stacked([layer(i) for i in range(model.config.num_hidden_layers)]),
-    }
+def _siglip_vision_params(model: transformers.SiglipVisionModel, part: str) -> dict:
+    config = vit_config(model.config.to_dict())
+    shapes = {part: vision_shapes(config)[part]}
+    return params_of(model, siglip_vision_layout(config), shapes)[part]
 
 
 def siglip_vit_params(model: transformers.SiglipVisionModel) -> dict:
     """Parameters of `VisionTransformer` (without the norm behind it) in the SigLIP variant."""
-    w = Weights(model)
-    return {
-        "patch_embedding": w.patches("embeddings.patch_embedding"),
-        "position_embedding": w["embeddings.position_embedding.weight"],
-        "layers": clip_layers_params(model),
-    }
+    return _siglip_vision_params(model, "vision")
 
 
 def siglip_pooling_params(model: transformers.SiglipVisionModel) -> dict:
     """Parameters of `AttentionPooling`."""
-    w, heads = Weights(model.head), model.config.num_attention_heads
-    attention = joint_attention(w["attention.in_proj_weight"].T, w["attention.in_proj_bias"], heads)
-    out = w.from_heads("attention.out_proj", heads)
-    return {
-        "query_tokens": w["probe"][0],
-        "token_key_values": {name: attention[name] for name in ("key", "value")},
-        "attention": {"query": attention["query"], "out": out},
-        "mlp_norm": w.norm("layernorm"),
-        "mlp": w.mlp("mlp.fc1", "mlp.fc2"),
-    }
+    return _siglip_vision_params(model, "image_pooling")
 
 
-def siglip_text_params(model: transformers.SiglipTextModel) -> dict:
-    """Parameters of `SiglipTextTower` (without the projection behind it)."""
-    w = Weights(model)
-    return {
-        "token_embedding": w.embedding("embeddings.token_embedding"),
-        "position_embedding": w.embedding("embeddings.position_embedding"),
-        "layers": clip_layers_params(model),
-        "final_norm": w.norm("final_layer_norm"),
-    }
+@functools.cache
+def siglip_shapes(model: Siglip) -> dict:
+    """Abstract parameters of `Siglip`."""
+    side = model.vision_config.image_size_px
+    return shapes_of(model, jnp.zeros((1, side, side, 3)), jnp.zeros((1, 2), int))
 
 
 def siglip_params(model: transformers.SiglipModel) -> dict:
     """Parameters of `Siglip`."""
-    w = Weights(model)
-    return {
-        "vision": siglip_vit_params(model.vision_model),
-        "vision_norm": w.norm("vision_model.post_layernorm"),
-        "image_pooling": siglip_pooling_params(model.vision_model),
-        "text": siglip_text_params(model.text_model),
-        "text_projection": w.linear("text_model.head"),
-        "logit_scale": w["logit_scale"][0],
-        "logit_bias": w["logit_bias"][0],
-    }
+    ours = siglip_model(model.config.to_dict())
+    return params_of(model, siglip_layout(ours), siglip_shapes(ours))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxblip.config import default_config, field_names, load_config
+from jaxblip.config import config_from_dict, default_config, field_names, load_config
 from jaxblip.errors import UserError
+from jaxblip.models.language_models import LANGUAGE_MODELS
 from jaxblip.tasks import TASKS, make_task
+from jaxblip.tasks.parts import language_model_config
 from jaxblip.training.initialize import abstract_params
 from jaxblip.training.optimizer import learning_rate, make_optimizer
 
@@ -37,12 +41,18 @@ def test_there_are_configs():
     assert {"blip2/stage1_vit_g.py", "clip/vit_b_16.py", "demo/stage2.py"} <= set(NAMES)
 
 
+def defaults_of(config: ConfigDict) -> ConfigDict:
+    """What the config started from."""
+    architecture = config.model.get("language_model", {}).get("architecture", "opt")
+    return default_config(config.task, language_model=architecture)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_loads_locked_and_builds_its_task(name):
     config = load(name)
     assert config.is_locked and config.model.is_locked
     # No field but the known ones, nor one less.
-    assert field_names(config) == field_names(default_config(config.task))
+    assert field_names(config) == field_names(defaults_of(config))
     for section in config.model.values():
         if isinstance(section, ConfigDict) and section.get("vocab_size") == 0:
             section.vocab_size = VOCABULARY
@@ -58,6 +68,7 @@ def test_a_config_loads_locked_and_builds_its_task(name):
 
 STAGE1 = ("blip2/stage1_vit_g.py", "blip2/stage1_vit_l.py")
 STAGE2 = tuple(name for name in NAMES if name.startswith("blip2/stage2"))
+FLAN_T5 = tuple(name for name in STAGE2 if "flan_t5" in name)
 
 
 @pytest.mark.parametrize("name", [*STAGE1, *STAGE2])
@@ -66,7 +77,7 @@ def test_the_papers_values_are_the_default(name):
     optimizer = config.optimizer
     assert config == load(f"{name}:paper")
     assert config.steps == (250_000 if name in STAGE1 else 80_000)
-    batch_sizes = dict(zip(STAGE1, (1680, 2320), strict=True))
+    batch_sizes = dict(zip(STAGE1, (1680, 2320), strict=True)) | dict.fromkeys(FLAN_T5, 1520)
     assert config.batch_size == batch_sizes.get(name, 1920)
     assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.98, 0.05)
     assert (optimizer.peak_lr, optimizer.warmup_steps) == (1e-4, 2000)
@@ -74,7 +85,15 @@ def test_the_papers_values_are_the_default(name):
     assert (config.data.image_size_px, config.data.max_text_tokens) == (224, 32)
 
 
-@pytest.mark.parametrize("name", [*STAGE1, *STAGE2])
+@pytest.mark.parametrize("name", FLAN_T5)
+def test_flan_t5_is_trained_as_a_prefix_language_model(name):
+    config = load(name)
+    assert config.loss.prefix_lm and config.model.language_model.activation == "gelu"
+    with pytest.raises(UserError, match="LAVIS has no recipe of stage 2 with FlanT5.*'paper'"):
+        load(f"{name}:lavis")
+
+
+@pytest.mark.parametrize("name", [*STAGE1, *sorted(set(STAGE2) - set(FLAN_T5))])
 def test_the_repositorys_values_are_a_variant(name):
     config = load(f"{name}:lavis")
     optimizer = config.optimizer
@@ -221,6 +240,58 @@ def test_the_defaults_are_for_the_task(task):
     assert config.task == task
     assert ("rerank_top_k" in config.eval) == (task == "stage1")
     assert ("num_beams" in config.eval) == (task == "stage2")
+
+
+@pytest.mark.parametrize("task", ["language_model", "stage2"])
+@pytest.mark.parametrize("architecture", LANGUAGE_MODELS)
+def test_the_language_model_has_the_fields_of_its_architecture(task, architecture):
+    config = default_config(task, language_model=architecture)
+    kind, _ = LANGUAGE_MODELS[architecture]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert set(config.model.language_model) == fields | {"architecture"}
+    assert type(language_model_config(config)) is kind
+    assert ("prefix_lm" in config.loss) == (architecture == "t5")
+    assert ("max_input_tokens" in config.data) == (architecture == "t5")
+
+
+@pytest.mark.parametrize("architecture", LANGUAGE_MODELS)
+def test_a_saved_config_comes_back(architecture):
+    config = default_config("stage2", language_model=architecture)
+    config.data.pixel_std = (0.5, 0.25, 0.5)
+    config.model.language_model.width = 96
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert config_from_dict(saved) == config.lock()
+
+
+def test_a_config_saved_before_there_were_other_language_models_comes_back():
+    saved = default_config("stage2").to_dict()
+    del saved["model"]["language_model"]["architecture"], saved["data"]["pixel_mean"]
+    assert config_from_dict(saved) == default_config("stage2").lock()
+
+
+def test_another_architecture_needs_its_own_fields():
+    with pytest.raises(UserError, match=r"default_config\('stage2', language_model='llama'\)"):
+        load("demo/stage2.py", "config.model.language_model.architecture=llama")
+
+
+def test_a_language_model_that_does_not_exist():
+    for make in (
+        lambda: default_config("stage2", language_model="gpt"),
+        lambda: load("demo/stage2.py", "config.model.language_model.architecture=gpt"),
+    ):
+        with pytest.raises(UserError, match="'gpt': choose one of opt, llama, t5"):
+            make()
+
+
+def test_pixels_are_not_divided_by_zero():
+    with pytest.raises(UserError, match="pixel_std=.*must be positive"):
+        make_task(load("demo/vision.py", "config.data.pixel_std=0.5,0,0.5"))
+
+
+def test_visual_tokens_and_text_need_positions():
+    override = "config.model.language_model.max_positions=20"
+    with pytest.raises(UserError, match="num_query_tokens=10.*max_text_tokens=12.*=20"):
+        make_task(load("demo/stage2.py", override))
 
 
 def test_a_task_that_does_not_exist():

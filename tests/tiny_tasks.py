@@ -17,8 +17,14 @@ from jaxblip.training.optimizer import learning_rate, make_optimizer
 from jaxblip.training.state import TrainState, cast_frozen, split_params
 from jaxblip.training.step import jit_step, make_train_step
 
-TASK_NAMES = tuple(TASKS)
-ROWS, TEXT, VOCAB, QUERIES = 8, 6, 24, 4
+# Tasks with another language model than the default.
+OTHER_LANGUAGE_MODELS = {
+    "language_model_t5": ("language_model", "t5"),
+    "stage2_llama": ("stage2", "llama"),
+    "stage2_t5": ("stage2", "t5"),
+}
+TASK_NAMES = (*TASKS, *OTHER_LANGUAGE_MODELS)
+ROWS, TEXT, INPUT, VOCAB, QUERIES = 8, 6, 5, 24, 4
 DEC = VOCAB - 1
 # Sizes divide by 8, for the meshes; the hidden widths differ, so that a kernel's shape names it.
 HEADS, VISION_WIDTH, WIDTH = 8, 24, 16
@@ -47,14 +53,17 @@ COMPILER_OPTIONS = {
 fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
-def tiny_config(task: str) -> ConfigDict:
-    """Float32 throughout, and no dropout."""
-    config = default_config(task)
+def tiny_config(name: str) -> ConfigDict:
+    """One of TASK_NAMES in float32 throughout, without dropout."""
+    task, language_model = OTHER_LANGUAGE_MODELS.get(name, (name, "opt"))
+    config = default_config(task, language_model=language_model)
     config.compute_dtype = config.frozen_dtype = "float32"
     config.batch_size, config.steps = ROWS, 10
     config.optimizer.warmup_steps = 1
     config.optimizer.peak_lr = 1e-2
     config.data.image_size_px, config.data.max_text_tokens = 8, TEXT
+    if "max_input_tokens" in config.data:
+        config.data.max_input_tokens = INPUT
     blocks = dict(num_layers=2, num_heads=HEADS)
     if "vision" in config.model:
         config.model.vision.update(
@@ -68,9 +77,15 @@ def tiny_config(task: str) -> ConfigDict:
     for part in ("text", "language_model"):
         if part in config.model:
             config.model[part].update(width=WIDTH, mlp_width=LANGUAGE_MODEL_MLP, **blocks)
+    if language_model == "llama":
+        config.model.language_model.num_kv_heads = HEADS // 2
+    if language_model == "t5":
+        config.model.language_model.update(num_decoder_layers=3, head_width=3, start_token_id=0)
     for part in ("text", "language_model", "qformer"):
         if "vocab_size" in config.model.get(part, {}):
-            config.model[part].update(vocab_size=VOCAB, max_positions=16)
+            config.model[part].vocab_size = VOCAB
+        if "max_positions" in config.model.get(part, {}):
+            config.model[part].max_positions = 16
     if "embed_dim" in config.model:
         config.model.embed_dim = 8
     if "dec_token_id" in config.model:
@@ -88,13 +103,18 @@ def random_params(task: Task, seed: int = 0):
         if not leaf.shape:
             return np.float32(scalars[path])
         mean = float(path.endswith("/scale"))
-        return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
+        # T5 does not divide its attention scores by sqrt(head width): its queries are small.
+        of_t5 = path.startswith(("language_model/encoder/", "language_model/decoder/"))
+        deviation = 0.15 if of_t5 and path.endswith("query/kernel") else 0.3
+        return rng.normal(mean, deviation, leaf.shape).astype(np.float32)
 
     return unflatten_dict({path: value(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def random_batch(task: Task, seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
-    """Texts of all lengths from 2 on, prompts of 0 to 2 tokens, and two rows of one image."""
+    """Texts of all lengths from 2 on, prompts of 0 to 2 tokens, inputs of all lengths from 1 on,
+    and two rows of one image.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, TEXT + 1, rows)
     image_id = rng.permutation(rows).astype(np.int32)
@@ -106,6 +126,8 @@ def random_batch(task: Task, seed: int = 0, rows: int = ROWS) -> dict[str, np.nd
         "text_mask": np.arange(TEXT) < lengths[:, None],
         "prompt_length": rng.integers(0, 3, rows, np.int32),
         "image_id": image_id,
+        "input_ids": rng.integers(0, DEC, (rows, INPUT), np.int32),
+        "input_mask": np.arange(INPUT) < rng.integers(1, INPUT + 1, (rows, 1)),
     }
     return {field: fields[field] for field in task.fields}
 

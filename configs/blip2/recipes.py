@@ -29,14 +29,10 @@ def stage1(recipe, *, batch_size, vision):
     return config
 
 
-def stage2(recipe, *, vision, language_model):
+def stage2_opt(recipe, *, vision, language_model):
     """Stage 2 with an OPT language model."""
-    config = _common("stage2", recipe, vision)
-    config.model.language_model.update(language_model)
-    config.steps = 80_000  # paper §3.4
+    config = _stage2(recipe, vision, "opt", language_model)
     config.batch_size = 1920  # paper §3.4, for OPT
-    config.optimizer.warmup_steps = 2000  # paper §3.4
-    config.optimizer.min_lr = 5e-5  # paper §3.4
     config.data.tokenizer = "facebook/opt-2.7b"  # the same for all sizes of OPT
     config.data.stop_token = "\n"  # LAVIS blip2_opt.py: a caption ends with a newline
     if recipe == "lavis":
@@ -46,10 +42,31 @@ def stage2(recipe, *, vision, language_model):
     return config
 
 
-def _common(task, recipe, vision):
+def stage2_flan_t5(recipe, *, vision, language_model):
+    """Stage 2 with a FlanT5 language model, by prefix language modelling."""
+    if recipe == "lavis":
+        raise UserError("LAVIS has no recipe of stage 2 with FlanT5: use 'paper' (the default).")
+    config = _stage2(recipe, vision, "t5", language_model)
+    config.batch_size = 1520  # paper §3.4, for FlanT5
+    config.loss.prefix_lm = True  # paper §3.3; where captions are divided is not published
+    config.data.tokenizer = "google/flan-t5-xl"  # the same for all sizes of FlanT5
+    config.data.max_input_tokens = 32  # LAVIS blip2_t5.py
+    return config
+
+
+def _stage2(recipe, vision, architecture, language_model):
+    config = _common("stage2", recipe, vision, language_model=architecture)
+    config.model.language_model.update(language_model)
+    config.steps = 80_000  # paper §3.4
+    config.optimizer.warmup_steps = 2000  # paper §3.4
+    config.optimizer.min_lr = 5e-5  # paper §3.4
+    return config
+
+
+def _common(task, recipe, vision, **default):
     if recipe not in ("", "paper", "lavis"):
         raise UserError(f"There is no recipe {recipe!r}: use 'paper' (the default) or 'lavis'.")
-    config = default_config(task)
+    config = default_config(task, **default)
     config.model.vision.update(vision)
     # The Q-Former keeps the defaults of QFormerConfig, which are BLIP-2's (paper §3.1).
 

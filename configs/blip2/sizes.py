@@ -21,3 +21,13 @@ OPT_2_7B = dict(
 OPT_6_7B = dict(
     vocab_size=50272, width=4096, num_layers=32, num_heads=32, mlp_width=16384, max_positions=2048
 )
+
+# FlanT5 (arXiv 2210.11416, §2; sizes of T5 v1.1). The vocabulary is the rows of the released
+# embedding, a few more than the tokenizer's 32,100 entries. FlanT5 was trained with the tanh form of
+# GELU; LAVIS runs it with the exact one.
+_FLAN_T5 = dict(
+    vocab_size=32128, num_layers=24, num_decoder_layers=24, head_width=64, gated=True,
+    activation="gelu", tied_head=False, start_token_id=0,
+)  # fmt: skip
+FLAN_T5_XL = dict(width=2048, num_heads=32, mlp_width=5120, **_FLAN_T5)
+FLAN_T5_XXL = dict(width=4096, num_heads=64, mlp_width=10240, **_FLAN_T5)

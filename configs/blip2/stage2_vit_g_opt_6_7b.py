@@ -5,4 +5,4 @@ import sizes
 
 
 def get_config(arg=""):
-    return recipes.stage2(arg, vision=sizes.EVA_VIT_G, language_model=sizes.OPT_6_7B)
+    return recipes.stage2_opt(arg, vision=sizes.EVA_VIT_G, language_model=sizes.OPT_6_7B)

@@ -5,4 +5,4 @@ import sizes
 
 
 def get_config(arg=""):
-    return recipes.stage2(arg, vision=sizes.CLIP_VIT_L, language_model=sizes.OPT_2_7B)
+    return recipes.stage2_opt(arg, vision=sizes.CLIP_VIT_L, language_model=sizes.OPT_2_7B)

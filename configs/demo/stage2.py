@@ -10,10 +10,9 @@ def get_config(arg=""):
     config.init.vision = "runs/demo/vision"
     config.init.language_model = "runs/demo/language_model"
     config.init.qformer = "runs/demo/stage1"
-    config.batch_size = 32  # twice as many, smaller steps; at larger rates it forgets stage 1
-    config.steps = 2200
-    config.optimizer.peak_lr = 1e-3
-    config.optimizer.warmup_steps = 200
+    config.steps = 1200
+    config.optimizer.peak_lr = 4e-3
+    config.optimizer.warmup_steps = 100
     config.eval.num_beams = 1
     config.eval.max_new_tokens = 12
     return config

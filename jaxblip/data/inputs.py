@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxblip.data.pipeline import EvalSet, Preprocess, TrainBatches, iterate_eval_images
+from jaxblip.data.pipeline import (
+    EvalSet,
+    Preprocess,
+    TrainBatches,
+    input_tokens,
+    iterate_eval_images,
+)
 from jaxblip.data.samples import BadSample, Source
 from jaxblip.data.sources import open_source
 from jaxblip.data.text import clean_caption
@@ -38,17 +44,29 @@ def open_train_source(config: ConfigDict) -> Source:
     return open_source(config.data.train, image_size_px=config.data.image_size_px)
 
 
-def run_tokenizer(config: ConfigDict, workdir: str | os.PathLike, source: Source | None) -> Any:
+def run_tokenizer(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    source: Source | None,
+    of_weights: Callable[[], Any] | None = None,
+) -> Any:
     """The tokenizer of a run: the one saved in its work directory, or else the config's.
 
-    Where the config names none, it is that of the run which the language model or the Q-Former
-    starts from, and otherwise a WordPiece trained on the captions of `source`.    """
+    Where the config names none, it is that of the weights, or of the run, which the language model
+    or the Q-Former starts from, and otherwise a WordPiece trained on the captions of `source`.
+
+    Args:
+      of_weights: makes the tokenizer of published weights, where the run starts from such.
+    """
     saved = Path(workdir) / TOKENIZER_FOLDER
     if saved.is_dir():
         return load_tokenizer(str(saved))
-    name = config.data.tokenizer or _tokenizer_of_init(config)
-    if name:
-        tokenizer = load_tokenizer(name)
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    elif of_weights is not None:
+        tokenizer = of_weights()
+    elif folder := _tokenizer_of_init(config):
+        tokenizer = load_tokenizer(folder)
     else:
         tokenizer = train_wordpiece(_captions(source, config), config.data.vocab_size)
     if "qformer" in config.model and config.task == "stage1":
@@ -75,6 +93,9 @@ def with_vocabulary(config: ConfigDict, tokenizer: Any) -> ConfigDict:
             )
     if config.model.get("dec_token_id") == -1:
         config.model.dec_token_id = tokenizer.convert_tokens_to_ids(DEC_TOKEN)
+    language_model = config.model.get("language_model", {})
+    if language_model.get("start_token_id") == -1:
+        language_model.start_token_id = tokenizer.pad_token_id
     return config
 
 
@@ -82,8 +103,26 @@ def text_encoder(config: ConfigDict, tokenizer: Any) -> TextEncoder:
     """Texts to ids, in the form that the task reads."""
     if config.task in ("language_model", "stage2"):
         stop_token = config.data.stop_token or None
-        return TextEncoder(tokenizer, config.data.max_text_tokens, "language_model", stop_token)
+        encoder = TextEncoder(tokenizer, config.data.max_text_tokens, "language_model", stop_token)
+        if has_encoder(config):
+            encoder.start_id = None  # the decoder has a start token of its own (`shift_right`)
+        return encoder
     return TextEncoder(tokenizer, config.data.max_text_tokens, "qformer")
+
+
+def has_encoder(config: ConfigDict) -> bool:
+    """Whether the language model has an encoder, which reads the prompt."""
+    return "max_input_tokens" in config.data
+
+
+def prompt_ids(config: ConfigDict, encoder: TextEncoder) -> list[int]:
+    """What a language model reads before it generates: the prompt, behind BOS where there is one.
+
+    An encoder reads it with an end token behind it, as in training.
+    """
+    if has_encoder(config):
+        return input_tokens(encoder, [config.data.prompt], config.data.max_input_tokens)
+    return encoder.prompt_ids(config.data.prompt)
 
 
 def train_batches(
@@ -108,6 +147,8 @@ def train_batches(
         encoder=text_encoder(config, tokenizer),
         prompt=data.prompt,
         max_words=data.max_words,
+        max_input_tokens=data.get("max_input_tokens", 0),
+        prefix_lm=config.loss.get("prefix_lm", False),
         captions_per_text=data.get("captions_per_text", 1),
         crop_scale=tuple(data.crop_scale),
         crop_aspect=tuple(data.crop_aspect),
@@ -140,7 +181,7 @@ def read_eval_set(config: ConfigDict) -> EvalSet:
 
 
 def _tokenizer_of_init(config: ConfigDict) -> str:
-    for part in ("language_model", "qformer"):
+    for part in ("language_model", "qformer", "all"):
         folder = Path(config.init.get(part, "")) / TOKENIZER_FOLDER
         if config.init.get(part, "") and folder.is_dir():
             return str(folder)

@@ -27,7 +27,15 @@ from jaxblip.data.text import clean_caption
 from jaxblip.data.tokenizers import TextEncoder
 from jaxblip.errors import RunStopped
 
-FIELDS = ("image", "text_ids", "text_mask", "image_id", "prompt_length")
+FIELDS = (
+    "image",
+    "text_ids",
+    "text_mask",
+    "input_ids",
+    "input_mask",
+    "image_id",
+    "prompt_length",
+)
 
 _COUNTED = SKIP_REASONS + CONVERSIONS
 # Examples to examine before their share of bad ones says anything (or the whole set, if smaller).
@@ -43,10 +51,14 @@ class Preprocess:
     Attributes:
       fields: which of FIELDS to make; without "image" no image is decoded.
       image_size_px: side of the images: uint8 [size, size, 3].
-      encoder: texts to ids; needed for "text_ids", "text_mask" and "prompt_length".
+      encoder: texts to ids; needed for all fields but "image" and "image_id".
       prompt: stands before every caption, as it is (see `clean_caption`).
       max_words: of a caption, without the prompt.
       captions_per_text: captions of one image that follow each other in its text.
+      max_input_tokens: length of "input_ids". With this field, the text is divided: the prompt is
+        the input, and "text_ids" is the rest.
+      prefix_lm: the input also has the first words of the captions, a random number of them; at
+        least one word is left.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
       randaugment: whether to add BLIP's RandAugment.
@@ -59,6 +71,8 @@ class Preprocess:
     prompt: str = ""
     max_words: int = 50
     captions_per_text: int = 1
+    max_input_tokens: int = 0
+    prefix_lm: bool = False
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
@@ -69,7 +83,7 @@ class Preprocess:
         unknown = set(self.fields) - set(FIELDS)
         if unknown:
             raise ValueError(f"unknown batch fields {sorted(unknown)}; known are {FIELDS}")
-        if self.encoder is None and set(self.fields) & {"text_ids", "text_mask", "prompt_length"}:
+        if self.encoder is None and set(self.fields) - {"image", "image_id"}:
             raise ValueError(f"fields {self.fields} need an encoder for the text")
 
     def __call__(
@@ -81,9 +95,13 @@ class Preprocess:
           BadSample: no caption has a word, or the image cannot be decoded.
         """
         captions = self._captions(example["captions"], rng)
+        texts = [self.prompt + caption for caption in captions]
         arrays = {}
+        if "input_ids" in self.fields or "input_mask" in self.fields:
+            inputs, texts = self._divided(captions, rng)
+            arrays["input_ids"], arrays["input_mask"] = self._input_row(inputs)
         if "text_ids" in self.fields or "text_mask" in self.fields:
-            arrays["text_ids"], arrays["text_mask"] = self.encoder.row(captions)
+            arrays["text_ids"], arrays["text_mask"] = self.encoder.row(texts)
         if "prompt_length" in self.fields:
             arrays["prompt_length"] = np.int32(self.encoder.prompt_length(self.prompt))
         if "image_id" in self.fields:
@@ -93,15 +111,34 @@ class Preprocess:
         return {field: arrays[field] for field in self.fields}
 
     def _captions(self, captions: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """The first `captions_per_text` that have a word, in random order."""
+        """The first `captions_per_text` that have a word, in random order, without the prompt."""
         cleaned = (
             clean_caption(captions[index], self.max_words)
             for index in rng.permutation(len(captions))
         )
         texts = itertools.islice(filter(None, cleaned), self.captions_per_text)
-        if found := [self.prompt + text for text in texts]:
+        if found := list(texts):
             return found
         raise BadSample("empty caption", f"captions {list(captions)}")
+
+    def _divided(
+        self, captions: Sequence[str], rng: np.random.Generator
+    ) -> tuple[list[str], list[str]]:
+        """The texts of prompt and captions, before and behind a word (the first, or a random one)."""
+        words = [caption.split(" ") for caption in captions]
+        place = int(rng.integers(sum(map(len, words)))) if self.prefix_lm else 0
+        index = 0
+        while place >= len(words[index]):
+            place, index = place - len(words[index]), index + 1
+        texts = [self.prompt + caption for caption in captions]
+        before, behind = " ".join(words[index][:place]), " ".join(words[index][place:])
+        return [*texts[:index], self.prompt + before], [behind, *texts[index + 1 :]]
+
+    def _input_row(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = input_tokens(self.encoder, texts, self.max_input_tokens)
+        padding = self.max_input_tokens - len(tokens)
+        ids = np.array(tokens + [self.encoder.pad_id] * padding, np.int32)
+        return ids, np.arange(self.max_input_tokens) < len(tokens)
 
     def _image(
         self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
@@ -113,6 +150,18 @@ class Preprocess:
         )
         image = images.random_flip(image, rng, self.flip_probability)
         return images.randaugment(image, rng) if self.randaugment else image
+
+
+def input_tokens(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> list[int]:
+    """What a language model's encoder reads: the texts one after the other, each with an end token.
+
+    A text without words is left out, except when there is no other: as in LAVIS, an empty prompt is
+    an end token. Where there are too many tokens the first ones are cut off, because the decoder
+    goes on behind the last.
+    """
+    texts = [text for text in texts if text.strip()] or [""]
+    tokens = [token for text in texts for token in (*encoder.prompt_ids(text), encoder.stop_id)]
+    return tokens[-max_tokens:]
 
 
 @dataclasses.dataclass(frozen=True)

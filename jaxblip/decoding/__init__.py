@@ -1,7 +1,9 @@
 """Text from a language model: greedy and beam search and sampling over a static-shape cache."""
 
-from jaxblip.decoding.causal import CausalDecoder, generate
-from jaxblip.decoding.encoder_decoder import EncoderDecoder, generate_from_encoder
+from jaxblip.decoding.causal import CausalDecoder
+from jaxblip.decoding.cross_attending import generate_answers, generate_captions
+from jaxblip.decoding.encoder_decoder import EncoderDecoder
+from jaxblip.decoding.generation import generate, generate_from_images, generate_text
 from jaxblip.decoding.search import (
     Decoder,
     DecodingConfig,
@@ -18,7 +20,10 @@ __all__ = [
     "EncoderDecoder",
     "beam_search",
     "generate",
-    "generate_from_encoder",
+    "generate_answers",
+    "generate_captions",
+    "generate_from_images",
+    "generate_text",
     "greedy_search",
     "run_search",
     "sample_search",

@@ -11,54 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.search import DecodingConfig, run_search
 from jaxblip.errors import UserError
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.layers import KeyValues, empty_cache
 from jaxblip.models.opt import token_positions
-
-
-def generate(
-    language_model: nn.Module,
-    params: Any,
-    prefix_embeddings: Float[Array, "batch prefix width"],
-    prefix_valid: Bool[Array, "batch prefix"],
-    config: DecodingConfig,
-    rng: jax.Array | None = None,
-) -> Int[Array, "batch new"]:
-    """Continues each row's prefix by the search that `config` asks for.
-
-    Pure, and compiled once for each shape of the prefix:
-    `jax.jit(generate, static_argnames=("language_model", "config"))`.
-
-    Args:
-      language_model: an unbound `OptLanguageModel` or `LlamaLanguageModel`, or a module with their
-        methods, whose config has `max_positions` and `cache_shape`.
-      params: its parameters, without the collection's name.
-      prefix_embeddings: soft tokens, word embeddings (`embed`), or both.
-      prefix_valid: False at padding, which may stand anywhere; at least one True a row.
-      rng: the key of all draws, where `config.sample`.
-
-    Returns:
-      int32 ids `[batch, config.max_new_tokens]`: the new tokens of a row with its stop token, if it
-      came to one, then padding.
-
-    Raises:
-      UserError: when prefix and new tokens exceed the model's `max_positions`, and when sampling is
-        asked for without a random key.
-    """
-    length = prefix_embeddings.shape[1] + config.max_new_tokens
-    if length > language_model.config.max_positions:
-        raise UserError(
-            f"decoding max_new_tokens={config.max_new_tokens} after a prefix of "
-            f"{prefix_embeddings.shape[1]} tokens needs {length} positions, but the language model "
-            f"has {language_model.config.max_positions}: lower max_new_tokens."
-        )
-    decoder = CausalDecoder(language_model, params)
-    logits, state = decoder.prefill(
-        prefix_embeddings, prefix_valid, config.max_new_tokens, copies=config.num_beams
-    )
-    return run_search(decoder, logits, state, config, rng=rng)
 
 
 @flax.struct.dataclass
@@ -89,6 +45,9 @@ class CausalDecoder:
     language_model: nn.Module
     params: Any
 
+    def start_ids(self, batch: int) -> None:
+        """There are none: what comes before the first new token is embeddings."""
+
     def prefill(
         self,
         embeddings: Float[Array, "batch prefix width"],
@@ -98,10 +57,23 @@ class CausalDecoder:
     ) -> tuple[Float[Array, "batch vocab"], CausalState]:
         """Reads the prefix once a row, and gives `copies` adjacent rows of state for each.
 
+        Args:
+          embeddings: soft tokens, word embeddings (`embed`), or both.
+          valid: False at padding, which may stand anywhere; at least one True a row.
+
         Returns:
           The scores of the first new token, and the state of `batch * copies` rows.
+
+        Raises:
+          UserError: when prefix and new tokens exceed the model's `max_positions`.
         """
         batch, prefix = valid.shape
+        length, limit = prefix + max_new_tokens, self.language_model.config.max_positions
+        if length > limit:
+            raise UserError(
+                f"decoding max_new_tokens={max_new_tokens} after a prefix of {prefix} tokens needs "
+                f"{length} positions, but the language model has {limit}: lower max_new_tokens."
+            )
         cache = empty_cache(
             self.language_model.config, batch, prefix + max_new_tokens, self.language_model.dtype
         )
@@ -132,20 +104,31 @@ class CausalDecoder:
 
         Only the new tokens move: the beams of a row share their prefix.
         """
-        batch, beams = parents.shape
-
-        def take(cache):
-            layers, _, _, heads, width = cache.shape
-            new = cache[:, :, state.num_prefix :]
-            grouped = new.reshape(layers, batch, beams, state.num_new, heads, width)
-            # Indexing within each row, not over all rows, stays local when the batch is sharded.
-            taken = jnp.take_along_axis(grouped, parents[None, :, :, None, None, None], axis=2)
-            return cache.at[:, :, state.num_prefix :].set(taken.reshape(new.shape))
-
-        return state.replace(cache=jax.tree.map(take, state.cache))
+        return state.replace(cache=reordered(state.cache, parents, state.num_prefix))
 
     def _apply(self, *inputs):
         return self.language_model.apply({"params": self.params}, *inputs)
 
     def _logits(self, hidden):
         return self.language_model.apply({"params": self.params}, hidden, method="logits")
+
+
+def reordered(
+    cache: KeyValues, parents: Int[Array, "batch beams"], num_shared: int = 0
+) -> KeyValues:
+    """The cache in which beam j of a row of the batch continues its former beam `parents[j]`.
+
+    Args:
+      cache: `[layers, batch * beams, positions, heads, head_width]`.
+      num_shared: so many positions at the front, which the beams of a row share, stay in place.
+    """
+    batch, beams = parents.shape
+
+    def take(cache):
+        moving = cache[:, :, num_shared:]
+        grouped = moving.reshape(moving.shape[0], batch, beams, *moving.shape[2:])
+        # Indexing within each row, not over all rows, stays local when the batch is sharded.
+        taken = jnp.take_along_axis(grouped, parents[None, :, :, None, None, None], axis=2)
+        return cache.at[:, :, num_shared:].set(taken.reshape(moving.shape))
+
+    return jax.tree.map(take, cache)

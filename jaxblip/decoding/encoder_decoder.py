@@ -11,44 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.search import DecodingConfig, run_search
+from jaxblip.decoding.causal import reordered
 from jaxblip.models.layers import KeyValues, empty_cache
-
-
-def generate_from_encoder(
-    language_model: nn.Module,
-    params: Any,
-    embeddings: Float[Array, "batch input width"],
-    valid: Bool[Array, "batch input"],
-    config: DecodingConfig,
-    rng: jax.Array | None = None,
-) -> Int[Array, "batch new"]:
-    """What the decoder says to each row's input: by the search that `config` asks for.
-
-    Pure, and compiled once for each shape of the input:
-    `jax.jit(generate_from_encoder, static_argnames=("language_model", "config"))`.
-
-    Args:
-      language_model: an unbound `T5LanguageModel`, or a module with its methods and config fields.
-      params: its parameters, without the collection's name.
-      embeddings: what the encoder reads: soft tokens, word embeddings (`embed`), or both.
-      valid: False at padding; at least one True a row.
-      rng: the key of all draws, where `config.sample`.
-
-    Returns:
-      int32 ids `[batch, config.max_new_tokens]`: the new tokens of a row (without the start token)
-      with its stop token, if it came to one, then padding.
-
-    Raises:
-      UserError: when sampling is asked for without a random key.
-    """
-    decoder = EncoderDecoder(language_model, params)
-    logits, state = decoder.prefill(
-        embeddings, valid, config.max_new_tokens, copies=config.num_beams
-    )
-    # In transformers, too, the start token counts as said when repetitions are penalized.
-    start_ids = decoder.start_ids(logits.shape[0])
-    return run_search(decoder, logits, state, config, rng=rng, prompt_ids=start_ids)
 
 
 @flax.struct.dataclass
@@ -86,6 +50,10 @@ class EncoderDecoder:
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderState]:
         """Encodes each row and reads the start token; `copies` adjacent rows of state for each.
 
+        Args:
+          embeddings: what the encoder reads: soft tokens, word embeddings (`embed`), or both.
+          valid: False at padding; at least one True a row.
+
         Returns:
           The scores of the first new token, and the state of `batch * copies` rows.
         """
@@ -108,16 +76,8 @@ class EncoderDecoder:
     def reorder(
         self, state: EncoderDecoderState, parents: Int[Array, "batch beams"]
     ) -> EncoderDecoderState:
-        """The state in which beam j of a row of the batch continues its former beam `parents[j]`."""
-        batch, beams = parents.shape
-
-        def take(cache):
-            grouped = cache.reshape(cache.shape[0], batch, beams, *cache.shape[2:])
-            # Indexing within each row, not over all rows, stays local when the batch is sharded.
-            taken = jnp.take_along_axis(grouped, parents[None, :, :, None, None, None], axis=2)
-            return taken.reshape(cache.shape)
-
-        return state.replace(cache=jax.tree.map(take, state.cache))
+        """The state in which beam j of each row continues that row's former beam `parents[j]`."""
+        return state.replace(cache=reordered(state.cache, parents))
 
     def _read(self, ids, place, state):
         """Scores behind the tokens `ids`, which go to `place` of the cache."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt8
 
 from jaxblip.data import inputs
 from jaxblip.data.samples import counts_as_text
-from jaxblip.decoding import DecodingConfig, generate
+from jaxblip.decoding.image_to_text import ImageToText
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.captions import caption_metrics
 from jaxblip.evaluation.retrieval import (
@@ -21,7 +19,7 @@ from jaxblip.evaluation.retrieval import (
     top_k_candidates,
 )
 from jaxblip.tasks import Task
-from jaxblip.training.state import Params
+from jaxblip.training.state import Params, merge_params
 
 Metrics = dict[str, float]
 
@@ -40,7 +38,8 @@ class Evaluation:
         self.predictions: list[str] = []
         self._map = RowMap(mesh, task.config.eval.batch_size)
         self._encode = inputs.text_encoder(task.config, tokenizer)
-        self._caption = Captioner(task, tokenizer, mesh)
+        if task.config.task == "stage2":
+            self._image_to_text = ImageToText(task, tokenizer, mesh)
 
     def run(self, params: Params, frozen: Params) -> Metrics:
         """Metrics by name.
@@ -102,12 +101,21 @@ class Evaluation:
         return retrieval_metrics(similarity, reranked, image_of_text)
 
     def _captions(self, params: Params, frozen: Params) -> Metrics:
-        self.predictions = self._caption(params, frozen, self.set.images)
+        model, images = self._image_to_text, self.set.images
+        prompts = [inputs.prompt_ids(self.task.config, self._encode)] * len(images)
+        self.predictions = model.generate(
+            merge_params(params, frozen), images, prompts, model.decoding_config()
+        )
         return caption_metrics(self.predictions, self.set.captions)
 
     def _language_model_loss(self, params: Params, frozen: Params) -> Metrics:
         texts, _ = self._flat_captions()
-        sums = self._map(self.task.token_sums, params, frozen, *self._encode(texts)).sum(axis=0)
+        arrays = [*self._encode(texts)]
+        if inputs.has_encoder(self.task.config):
+            prompt = inputs.prompt_ids(self.task.config, self._encode)
+            arrays.append(np.tile(np.array(prompt, np.int32), (len(texts), 1)))
+            arrays.append(np.ones(arrays[-1].shape, bool))
+        sums = self._map(self.task.token_sums, params, frozen, *arrays).sum(axis=0)
         loss, accuracy = sums[:2] / sums[2]
         return {
             "loss": float(loss),
@@ -124,40 +132,3 @@ class Evaluation:
 def _best_texts(scores: np.ndarray, captions: list[str]) -> list[str]:
     """The caption with the highest score for each image."""
     return [captions[best] for best in scores.argmax(axis=1)]
-
-
-class Captioner:
-    """Captions by a model of the task `stage2`, decoded as `config.eval` says."""
-
-    def __init__(self, task: Task, tokenizer: Any, mesh: Mesh):
-        self.task, self.tokenizer = task, tokenizer
-        self._map = RowMap(mesh, task.config.eval.batch_size)
-        self._encode = inputs.text_encoder(task.config, tokenizer)
-
-    def __call__(
-        self, params: Params, frozen: Params, images: UInt8[np.ndarray, "images size size 3"]
-    ) -> list[str]:
-        """One caption an image, without the prompt."""
-        ids = self._map(self._generate, params, frozen, images)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def _generate(self, params: Params, images: Array) -> Array:
-        """Generated ids `[batch, max_new_tokens]`."""
-        settings = self.task.config.eval
-        prompt_ids = self._encode.prompt_ids(self.task.config.data.prompt)
-        prefix = self.task.prefix(params, images, prompt_ids)
-        return generate(
-            self.task.language_model,
-            params["language_model"],
-            prefix,
-            jnp.ones(prefix.shape[:2], bool),
-            DecodingConfig(
-                max_new_tokens=settings.max_new_tokens,
-                min_new_tokens=settings.min_new_tokens,
-                num_beams=settings.num_beams,
-                length_penalty=settings.length_penalty,
-                stop_token_id=self._encode.stop_id,
-                pad_token_id=self._encode.pad_id,
-            ),
-        )

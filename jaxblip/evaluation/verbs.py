@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxblip.data.images import decode_image, resize_square
-from jaxblip.data.samples import BadSample
+from jaxblip.api import ANSWER_DECODING, Decoding, Model, load
 from jaxblip.errors import UserError
-from jaxblip.evaluation.evaluate import Captioner, Evaluation, Metrics
+from jaxblip.evaluation.evaluate import Evaluation, Metrics
 from jaxblip.evaluation.report import write_report
 from jaxblip.training.restore import load_run
 
@@ -65,32 +65,102 @@ def generate(
     images: Sequence[str],
     overrides: Sequence[str] = (),
     step: int | None = None,
+    *,
+    prompt: str | None = None,
+    question: str | None = None,
+    context: str = "",
+    candidates: str | None = None,
+    **decoding: Any,
 ) -> list[tuple[str, str]]:
-    """Captions image files with a run of stage 2: (file, caption) of each.
+    """Texts about image files by a run of stage 2: (file, text), one or several of each.
+
+    Args:
+      prompt: words that the captions go on from; with a question, a text in which {} stands for it.
+      question: to be answered about each image.
+      context: what to know before the question.
+      candidates: a file with a text a line, or texts separated by commas. Each is returned with its
+        probability before it, the most probable first.
+      decoding: as in `Model.caption`.
 
     Raises:
-      UserError: the run is of another task, or an image cannot be read.
+      UserError: settings exclude each other (before the run is read), the run is of another task,
+        or an image cannot be read.
     """
-    run = load_run(checkpoint, overrides, step)
-    if run.task.config.task != "stage2":
+    settings = _settings(question, context, decoding)
+    if candidates is not None:
+        texts = _read_candidates(candidates)
+        if changed := settings.changed():
+            name, value = next(iter(changed.items()))
+            raise UserError(
+                f"Candidates are ranked and nothing is generated, so {name}={value} has no effect: "
+                "leave it out, or the candidates."
+            )
+    model = load(checkpoint, step=step, overrides=overrides)
+    if candidates is None:
+        if question is None:
+            found = model.caption(images, prompt, **decoding)
+        else:
+            found = model.answer(images, question, context, prompt, **decoding)
+        listed = ([text] if isinstance(text, str) else text for text in found)
+        return [(path, text) for path, of_image in zip(images, listed) for text in of_image]
+    scores = model.rank(images, texts, _prompt(model, prompt, question, context))
+    lines = []
+    for path, row in zip(images, scores.astype(np.float64), strict=True):
+        probabilities = np.exp(row - np.logaddexp.reduce(row))
+        for best in np.argsort(-row, kind="stable"):
+            lines.append((path, f"{probabilities[best]:.4f} {texts[best]}"))
+    return lines
+
+
+def stream(
+    checkpoint: str,
+    images: Sequence[str],
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    *,
+    prompt: str | None = None,
+    question: str | None = None,
+    context: str = "",
+    candidates: str | None = None,
+    **decoding: Any,
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """As `generate`, but each text in pieces, as they come; without candidates and beams."""
+    settings = _settings(question, context, decoding)
+    settings.check_stream()
+    if candidates is not None:
         raise UserError(
-            f"{checkpoint!r} is a run of the task {run.task.config.task!r}, which writes no "
-            "captions: name a run of stage2."
+            "Candidates are ranked and nothing is generated, so there is nothing to stream: leave "
+            "out one of them."
         )
-    data = run.task.config.data
-    pixels = [_read_image(path, data.image_size_px, data.max_image_pixels) for path in images]
-    captioner = Captioner(run.task, run.tokenizer, run.mesh)
-    captions = captioner(run.params, run.frozen, np.stack(pixels))
-    return list(zip(images, captions, strict=True))
+    model = load(checkpoint, step=step, overrides=overrides)
+    text = _prompt(model, prompt, question, context)
+    defaults = {} if question is None else ANSWER_DECODING
+    given = {name: value for name, value in decoding.items() if value is not None}
+    return ((path, model.stream(path, text, **(defaults | given))) for path in images)
 
 
-def _read_image(path: str, size_px: int, max_pixels: int) -> np.ndarray:
+def _settings(question: str | None, context: str, decoding: dict[str, Any]) -> Decoding:
+    if context and question is None:
+        raise UserError("A context stands before a question: give one, or a prompt with both.")
+    return Decoding(**decoding)
+
+
+def _prompt(model: Model, prompt: str | None, question: str | None, context: str) -> str | None:
+    return prompt if question is None else model.question_prompt(question, context, prompt)
+
+
+def _read_candidates(candidates: str) -> list[str]:
+    """The lines of a file that are not empty, or what stands between commas."""
+    path = Path(candidates)
     try:
-        return resize_square(decode_image(Path(path).read_bytes(), max_pixels), size_px)
-    except OSError as error:
-        raise UserError(f"The image {path!r} cannot be read: {error.strerror}.") from error
-    except BadSample as bad:
+        parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The candidates {candidates!r} cannot be read: {error}.") from error
+    texts = candidates.split(",") if parts is None else parts
+    texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if len(texts) < 2:
         raise UserError(
-            f"The image {path!r} cannot be used: {bad.reason}"
-            f"{f' ({bad.detail})' if bad.detail else ''}; give another one."
-        ) from bad
+            f"candidates={candidates!r} are {len(texts)} text(s), but ranking needs two or more: "
+            "name a file with one a line, or separate them with commas."
+        )
+    return texts

@@ -132,7 +132,13 @@ def flat(theirs: str, ours: str, layer: int | None = None) -> Entries:
 
 
 def linear(
-    theirs: str, ours: str, layer: int | None = None, *, bias: bool = True, inputs: int = 1
+    theirs: str,
+    ours: str,
+    layer: int | None = None,
+    *,
+    bias: bool = True,
+    inputs: int = 1,
+    aliases: tuple[str, ...] = (),
 ) -> Entries:
     """A linear map: `[out, in]` in PyTorch, `[in, out]` in Flax.
 
@@ -140,6 +146,7 @@ def linear(
 
     Args:
       inputs: how many leading axes of our kernel are inputs.
+      aliases: of the weight.
     """
 
     def join(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -151,6 +158,7 @@ def linear(
         (Slot(f"{ours}/kernel", layer),),
         split=lambda tensor, shapes: (tensor.T.reshape(shapes[0]),),
         join=join,
+        aliases=aliases,
     )
     return (kernel, *(flat(f"{theirs}.bias", f"{ours}/bias", layer) if bias else ()))
 
@@ -193,6 +201,7 @@ def joint_qkv(
     ours: str,
     layer: int | None = None,
     *,
+    key_values: str | None = None,
     bias: str | None = None,
     key_bias: bool = True,
 ) -> Entries:
@@ -201,13 +210,15 @@ def joint_qkv(
     Args:
       weight: name of the tensor `[3 * width, width]`.
       ours: path of the attention; its kernels are `[width, heads, head_width]`.
+      key_values: path of what has the projections of keys and values, where it is not `ours`.
       bias: name of the joint bias; None where there is none.
       key_bias: False where our keys have no bias (EVA-CLIP). Export then writes zeros in its place,
         and import refuses anything else: a key bias changes no output, but it would be lost.
     """
 
     def places(leaf: str, parts: Sequence[str]) -> tuple[Slot, ...]:
-        return tuple(Slot(f"{ours}/{part}/{leaf}", layer) for part in parts)
+        at = dict.fromkeys(QKV, key_values or ours) | {"query": ours}
+        return tuple(Slot(f"{at[part]}/{part}/{leaf}", layer) for part in parts)
 
     def split_bias(tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         parts = np.split(tensor, 3)

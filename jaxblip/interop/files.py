@@ -1,6 +1,7 @@
 """Files of weights: what is in them without reading it, and one tensor at a time.
 
-Nothing is unpickled: safetensors are read here, and PyTorch files by torch's weights-only loader.
+Nothing is unpickled: safetensors are read here, PyTorch files by torch's weights-only loader, and
+GGUF files by `interop.gguf`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ DTYPES: dict[str, np.dtype] = {
 FETCHED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 REPOSITORY = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+GGUF_SUFFIX = ".gguf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +99,10 @@ def open_weights(source: str | os.PathLike) -> Weights:
 
     Args:
       source: a folder with a config.json and safetensors (one file, or several with an index); a
-        .safetensors file; a PyTorch file of weights, such as a LAVIS `.pth`; or the name of a
-        Hugging Face repository, with `@revision` behind it or not, and with `hf:` before it where
-        a folder has the same name. `HF_HUB_OFFLINE=1` takes it from the cache alone.
+        .safetensors file; a PyTorch file of weights, such as a LAVIS `.pth`; a .gguf file
+        (`interop.gguf`); or the name of a Hugging Face repository, with `@revision` behind it or
+        not, and with `hf:` before it where a folder has the same name. `HF_HUB_OFFLINE=1` takes it
+        from the cache alone.
 
     Raises:
       UserError: there is nothing of that name, a file is damaged, or it holds more than weights.
@@ -113,12 +116,16 @@ def open_weights(source: str | os.PathLike) -> Weights:
             return _open_safetensors([path], path.parent, name)
         if path.suffix in TORCH_SUFFIXES:
             return _open_torch(path, name)
+        if path.suffix == GGUF_SUFFIX:
+            from jaxblip.interop.gguf import open_gguf  # which is built on this module
+
+            return open_gguf(path, name)
         raise UserError(
             f"The file {name!r} is none that weights are read from: name a folder of safetensors, "
-            f"or a file that ends with .safetensors or {', '.join(TORCH_SUFFIXES)}."
+            f"or a file that ends with .safetensors, {GGUF_SUFFIX} or {', '.join(TORCH_SUFFIXES)}."
         )
     repository = REPOSITORY.fullmatch(name.removeprefix("hf:"))
-    if repository is None or path.suffix in TORCH_SUFFIXES:
+    if repository is None or path.suffix in (*TORCH_SUFFIXES, GGUF_SUFFIX):
         raise UserError(
             f"There is no folder or file {name!r}, and it is no name of a Hugging Face repository: "
             "correct the path."
@@ -175,8 +182,9 @@ def _no_weights(folder: Path, source: str, files: list[Path]) -> str:
             f"{source!r} has {len(files)} safetensors files and no {INDEX_FILE} that says which "
             "belong together: name one of them."
         )
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES)
-    other = f", only {pickled[0]}: name that file itself to read its weights" if pickled else ""
+    suffixes = (*TORCH_SUFFIXES, GGUF_SUFFIX)
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
+    other = f", only {others[0]}: name that file itself to read its weights" if others else ""
     return f"{source!r} has no {SINGLE_FILE} and no {INDEX_FILE}{other or ': name another source'}."
 
 

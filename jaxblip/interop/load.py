@@ -45,7 +45,17 @@ def load_params(
     Raises:
       UserError: as `check`.
     """
-    stored = stored_params(weights, layout, shapes, dtype)
+    return put_params(stored_params(weights, layout, shapes, dtype), shardings)
+
+
+def put_params(stored: Params, shardings: Params) -> Params:
+    """Parameters that are read piece by piece, each shard straight to its device.
+
+    Args:
+      stored: tree of `StoredParam`, or of anything else that has its `shape`, `dtype`,
+        `is_stacked`, `nbytes` and indexing.
+      shardings: the same tree of shardings.
+    """
     return jax.tree.map(_put, stored, shardings)
 
 
@@ -101,9 +111,18 @@ class StoredParam:
         return None not in self._pieces
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of the whole parameter."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)

@@ -1,7 +1,7 @@
 """BLIP-2: stage 1 (vision-language representation) and stage 2 (generation by a language model).
 
-BLIP-2 paper §3.2 and §3.3; reference: LAVIS `blip2_qformer.py` and `blip2_opt.py`. The modules
-are networks only; `tasks` joins them to their losses.
+BLIP-2 paper §3.2 and §3.3; reference: LAVIS `blip2_qformer.py`, `blip2_opt.py` and
+`blip2_t5.py`. The modules are networks only; `tasks` joins them to their losses.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import (
     bidirectional_mask,
-    causal_mask,
     padding_mask,
     stage1_mask,
 )
 from jaxblip.models.bert import PredictionHead
+from jaxblip.models.language_models import (
+    LanguageModelConfig,
+    answer_logits,
+    continued_hidden,
+    make_language_model,
+)
 from jaxblip.models.layers import KeyValues, l2_normalize, layer_norm
-from jaxblip.models.opt import OptConfig, OptLanguageModel, token_positions
 from jaxblip.models.qformer import QFormer, QFormerConfig
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
@@ -129,11 +133,16 @@ class Blip2Stage1(nn.Module):
 
 
 class Blip2Stage2(nn.Module):
-    """Image encoder, Q-Former without text side, projection, and a decoder language model."""
+    """Image encoder, Q-Former, projection, and a language model that reads what comes out.
+
+    The Q-Former has no text side, except in InstructBLIP (arXiv 2305.06500 §2.3): with
+    `qformer_config.has_text` it may be given the instruction, so that the visual tokens are about
+    what is asked. Initialise such a model with an instruction.
+    """
 
     vision_config: VitConfig
     qformer_config: QFormerConfig
-    language_model_config: OptConfig
+    language_model_config: LanguageModelConfig
     vision_norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
@@ -142,33 +151,95 @@ class Blip2Stage2(nn.Module):
         self.vision_norm = layer_norm(self.vision_norm_epsilon, self.dtype)
         self.qformer = QFormer(self.qformer_config, self.dtype)
         self.projection = nn.Dense(self.language_model_config.width, dtype=self.dtype)
-        self.language_model = OptLanguageModel(self.language_model_config, self.dtype)
+        self.language_model = make_language_model(self.language_model_config, self.dtype)
 
-    def visual_tokens(self, images: Images) -> Float[Array, "batch queries lm_width"]:
-        """The soft tokens that stand before the text."""
+    def visual_tokens(
+        self,
+        images: Images,
+        instruction_ids: Int[Array, "batch instruction"] | None = None,
+        instruction_valid: Bool[Array, "batch instruction"] | None = None,
+    ) -> Float[Array, "batch queries lm_width"]:
+        """The soft tokens that stand before the text.
+
+        Args:
+          instruction_ids: of the Q-Former's vocabulary; queries and instruction see each other.
+          instruction_valid: False at padding; by default there is none.
+        """
         image = self.qformer.read_image(self.vision_norm(self.vision(images)))
-        return self.projection(self.qformer(image))
+        num_queries = self.qformer_config.num_query_tokens
+        mask = None
+        if instruction_valid is not None:
+            mask = bidirectional_mask(num_queries, instruction_valid)
+        hidden = self.qformer(image, instruction_ids, mask)
+        return self.projection(hidden[:, :num_queries])
 
     def prefix(
-        self, images: Images, prompt_ids: Int[Array, " prompt"]
-    ) -> Float[Array, "batch queries+prompt lm_width"]:
-        """Visual tokens and the embedded prompt, which is the same for all images."""
-        visual = self.visual_tokens(images)
-        prompt = self.language_model.embed(prompt_ids)
-        prompt = jnp.broadcast_to(prompt, (visual.shape[0], *prompt.shape))
-        return jnp.concatenate([visual, prompt.astype(visual.dtype)], axis=1)
+        self,
+        images: Images,
+        prompt_ids: Int[Array, "#batch prompt"] | Int[Array, " prompt"],
+        prompt_valid: Bool[Array, "#batch prompt"] | Bool[Array, " prompt"] | None = None,
+        instruction_ids: Int[Array, "batch instruction"] | None = None,
+        instruction_valid: Bool[Array, "batch instruction"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch queries+prompt lm_width"], Bool[Array, "batch queries+prompt"]
+    ]:
+        """Visual tokens and the embedded prompt, and which of these positions count.
+
+        A decoder-only model continues them; they are what the encoder of another one reads.
+
+        Args:
+          prompt_ids: of each image, or one for all images.
+          prompt_valid: False at padding, of the shape of `prompt_ids`; by default there is none.
+            Padding may stand anywhere before a decoder-only model, and belongs on the right of what
+            an encoder reads.
+          instruction_ids, instruction_valid: as in `visual_tokens`.
+
+        Raises:
+          ValueError: prompt and mask differ in shape.
+        """
+        visual = self.visual_tokens(images, instruction_ids, instruction_valid)
+        if prompt_valid is None:
+            prompt_valid = jnp.ones(prompt_ids.shape, bool)
+        if prompt_valid.shape != prompt_ids.shape:
+            raise ValueError(
+                f"prompt_ids has the shape {prompt_ids.shape}, prompt_valid {prompt_valid.shape}: "
+                "they must be the same"
+            )
+        batch, queries, _ = visual.shape
+        prompt = self.language_model.embed(prompt_ids).astype(visual.dtype)
+        prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
+        prompt_valid = jnp.broadcast_to(prompt_valid, prompt.shape[:2])
+        valid = jnp.concatenate([jnp.ones((batch, queries), bool), prompt_valid], axis=1)
+        return jnp.concatenate([visual, prompt], axis=1), valid
 
     def __call__(
-        self, images: Images, text_ids: TextIds, text_valid: TextValid
+        self,
+        images: Images,
+        text_ids: TextIds,
+        text_valid: TextValid,
+        input_ids: Int[Array, "batch input"] | None = None,
+        input_valid: Bool[Array, "batch input"] | None = None,
+        *,
+        instruction_ids: Int[Array, "batch instruction"] | None = None,
+        instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch text vocab"]:
-        """Position t scores the text token t: the first one is predicted from the last query."""
-        visual = self.visual_tokens(images)
-        num_queries = visual.shape[1]
-        text = self.language_model.embed(text_ids)
-        valid = jnp.concatenate([jnp.ones(visual.shape[:2], bool), text_valid], axis=1)
-        hidden, _ = self.language_model(
-            jnp.concatenate([visual.astype(text.dtype), text], axis=1),
-            token_positions(valid),
-            causal_mask(valid),
-        )
-        return self.language_model.logits(hidden[:, num_queries - 1 : -1])
+        """Position t scores the text token t.
+
+        A decoder-only model reads [visual tokens, text], and the last visual token predicts the
+        first text token. Of an encoder-decoder model the encoder reads [visual tokens, input], and
+        the decoder says the text: its start token predicts the first one.
+
+        Args:
+          input_ids, input_valid: for an encoder-decoder model, which needs both.
+          instruction_ids, instruction_valid: as in `visual_tokens`.
+        """
+        visual = self.visual_tokens(images, instruction_ids, instruction_valid)
+        is_encoder_decoder = self.language_model_config.is_encoder_decoder
+        ids, valid = (input_ids, input_valid) if is_encoder_decoder else (text_ids, text_valid)
+        words = self.language_model.embed(ids)
+        embeddings = jnp.concatenate([visual.astype(words.dtype), words], axis=1)
+        valid = jnp.concatenate([jnp.ones(visual.shape[:2], bool), valid], axis=1)
+        if is_encoder_decoder:
+            return answer_logits(self.language_model, embeddings, valid, text_ids)
+        hidden = continued_hidden(self.language_model, embeddings, valid)
+        return self.language_model.logits(hidden[:, visual.shape[1] - 1 : -1])

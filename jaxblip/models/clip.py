@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import causal_mask
-from jaxblip.models.layers import PreNormBlock, check_heads, l2_normalize, layer_norm, scan_layers
+from jaxblip.models.layers import (
+    PreNormBlock,
+    check_activation,
+    check_heads,
+    l2_normalize,
+    layer_norm,
+    scan_layers,
+)
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
 MAX_LOG_SCALE = math.log(100.0)  # §2.5: logits are never scaled by more than 100
@@ -33,6 +40,7 @@ class ClipTextConfig:
 
     def __post_init__(self):
         check_heads(self)
+        check_activation(self)
 
 
 LEGACY_EOS_TOKEN_ID = 2  # what old CLIP configs say, although their end-of-text token is the last

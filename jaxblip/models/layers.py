@@ -7,7 +7,7 @@ so one table of sharding rules places them all. Dropout is active exactly when t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -216,6 +216,15 @@ def check_heads(config: Any) -> None:
         raise UserError(
             f"{type(config).__name__}: num_heads={config.num_heads} does not divide "
             f"width={config.width}; set one to fit the other."
+        )
+
+
+def check_activation(config: Any, known: Iterable[str] = ACTIVATIONS) -> None:
+    """Raises UserError unless the activation of a model config is one of `known`."""
+    if config.activation not in known:
+        raise UserError(
+            f"{type(config).__name__}: activation={config.activation!r} is not known; use one of "
+            f"{', '.join(known)}."
         )
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -66,6 +67,8 @@ class LlamaConfig:
       rope_original_positions: "llama3": the length before the context was extended.
       remat: recompute each block in the backward pass instead of keeping its activations.
     """
+
+    is_encoder_decoder: ClassVar[bool] = False
 
     vocab_size: int = 32000
     width: int = 4096

@@ -6,6 +6,7 @@ Reference implementation: transformers `modeling_opt.py`, pre-norm variants (all
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
     """Size of an OPT language model; the defaults are OPT-125M's."""
+
+    is_encoder_decoder: ClassVar[bool] = False
 
     vocab_size: int = 50272
     width: int = 768

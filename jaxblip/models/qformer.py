@@ -39,7 +39,7 @@ class QFormerConfig:
     """Size of a Q-Former; the defaults are BLIP-2's (BERT-base, 32 queries).
 
     Attributes:
-      has_text: keep the text side (stage 1); stage 2 drops it.
+      has_text: keep the text side (stage 1, InstructBLIP); stage 2 drops it.
       vocab_size: rows of the word embedding, `[DEC]` included.
     """
 
@@ -191,6 +191,8 @@ class QFormer(nn.Module):
             no position.
         """
         c = self.config
+        if text_ids is not None and not c.has_text:
+            raise ValueError("this Q-Former has no text side: build it with has_text=True")
         batch = text_ids.shape[0] if image is None else image.key.shape[1]
         queries = text = jnp.zeros((batch, 0, c.width), self.dtype)
         if image is not None:

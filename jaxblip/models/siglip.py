@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import padding_mask
-from jaxblip.models.layers import PreNormBlock, check_heads, l2_normalize, layer_norm, scan_layers
+from jaxblip.models.layers import (
+    PreNormBlock,
+    check_activation,
+    check_heads,
+    l2_normalize,
+    layer_norm,
+    scan_layers,
+)
 from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
 
 
@@ -35,6 +42,7 @@ class SiglipTextConfig:
 
     def __post_init__(self):
         check_heads(self)
+        check_activation(self)
 
 
 class SiglipTextTower(nn.Module):

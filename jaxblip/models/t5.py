@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, padding_mask
-from jaxblip.models.layers import ACTIVATIONS, Dropout, KeyValues, scan_layers
+from jaxblip.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    KeyValues,
+    check_activation,
+    scan_layers,
+)
 
 # FlanT5 was trained with the tanh form of GELU; BLIP-2 runs it with the exact form.
 T5_ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("relu", "gelu")} | {
@@ -55,6 +62,8 @@ class T5Config:
         outputs of the stacks. Attention weights have none.
     """
 
+    is_encoder_decoder: ClassVar[bool] = True
+
     vocab_size: int = 32128
     width: int = 768
     num_layers: int = 12
@@ -73,11 +82,7 @@ class T5Config:
     remat: bool = False
 
     def __post_init__(self):
-        if self.activation not in T5_ACTIVATIONS:
-            raise UserError(
-                f"T5Config: activation={self.activation!r} is not known; use one of "
-                f"{', '.join(T5_ACTIVATIONS)}."
-            )
+        check_activation(self, T5_ACTIVATIONS)
         if self.num_position_buckets < 4 or self.num_position_buckets % 2:
             raise UserError(
                 f"T5Config: num_position_buckets={self.num_position_buckets} must be even and at "

@@ -32,6 +32,7 @@ from jaxblip.models.layers import (
     FeedForward,
     KeyValueProjection,
     PreNormBlock,
+    check_activation,
     check_heads,
     layer_norm,
     scan_layers,
@@ -71,6 +72,7 @@ class VitConfig:
 
     def __post_init__(self):
         check_heads(self)
+        check_activation(self)
         if self.image_size_px % self.patch_size_px and not self.crop_to_patches:
             raise UserError(
                 f"Images of {self.image_size_px} px cannot be cut into patches of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -17,10 +18,11 @@ from jaxblip.errors import UserError
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
+Images = Float[Array, "batch height width 3"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-# Mean and standard deviation of the pixels, as in CLIP; all encoders of the family use them.
+# Mean and standard deviation of the pixels, as in CLIP and EVA-CLIP; SigLIP has 0.5 throughout.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,12 +47,12 @@ class Task(abc.ABC):
     """What one run optimises. Holds no parameters: they are an argument everywhere.
 
     Attributes:
-      fields: the batch fields that the loss reads.
+      fields: the batch fields that the loss reads; they may depend on the config.
       frozen: path prefixes of the parameters that do not train, unless the config says otherwise.
       model: the network; its parameter tree has the parts `vision`, `qformer`, … on top.
     """
 
-    fields: ClassVar[tuple[str, ...]]
+    fields: tuple[str, ...]
     frozen: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
 
@@ -66,7 +68,13 @@ class Task(abc.ABC):
                 raise UserError(
                     f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
                 )
-        length = self.config.data.max_text_tokens
+        data = self.config.data
+        if min(data.pixel_std) <= 0:
+            raise UserError(
+                f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are divided "
+                "by it: SigLIP has 0.5,0.5,0.5."
+            )
+        length = data.max_text_tokens
         for section, model in self.config.model.items():
             if "max_positions" in getattr(model, "keys", tuple)() and model.max_positions < length:
                 raise UserError(
@@ -95,11 +103,15 @@ class Task(abc.ABC):
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each field of a global batch."""
-        size, length = self.config.data.image_size_px, self.config.data.max_text_tokens
+        data = self.config.data
+        size, length = data.image_size_px, data.max_text_tokens
+        input_length = data.get("max_input_tokens", 0)
         shapes = {
             "image": ((size, size, 3), np.uint8),
             "text_ids": ((length,), np.int32),
             "text_mask": ((length,), np.bool_),
+            "input_ids": ((input_length,), np.int32),
+            "input_mask": ((input_length,), np.bool_),
             "prompt_length": ((), np.int32),
             "image_id": ((), np.int32),
         }
@@ -115,8 +127,13 @@ class Task(abc.ABC):
 
     def model_inputs(self, batch: Batch) -> tuple[Array, ...]:
         """The batch as the arguments of the model's `__call__`."""
-        inputs = [normalize_images(batch["image"])] if "image" in batch else []
-        return (*inputs, batch["text_ids"], batch["text_mask"])
+        inputs = [self.normalize_images(batch["image"])] if "image" in batch else []
+        texts = ("text_ids", "text_mask", "input_ids", "input_mask")
+        return (*inputs, *(batch[field] for field in texts if field in batch))
+
+    def normalize_images(self, images: UInt8[Array, "batch height width 3"]) -> Images:
+        """uint8 pixels to the encoder's input, by `data.pixel_mean` and `data.pixel_std`."""
+        return normalize_images(images, self.config.data.pixel_mean, self.config.data.pixel_std)
 
     def apply(self, params: Params, *args, method: str | None = None, rng=None):
         """`model.apply`, with dropout where `rng` is given."""
@@ -130,8 +147,14 @@ class Task(abc.ABC):
 
 def normalize_images(
     images: UInt8[Array, "batch height width 3"],
-) -> Float[Array, "batch height width 3"]:
-    """uint8 pixels to the encoder's input; on the device, so that batches stay small."""
-    mean = jnp.asarray(PIXEL_MEAN) * 255.0
-    std = jnp.asarray(PIXEL_STD) * 255.0
+    mean: Sequence[float] = PIXEL_MEAN,
+    std: Sequence[float] = PIXEL_STD,
+) -> Images:
+    """uint8 pixels to the encoder's input; on the device, so that batches stay small.
+
+    Args:
+      mean, std: of each channel, of pixels between 0 and 1.
+    """
+    mean = jnp.asarray(mean) * 255.0
+    std = jnp.asarray(std) * 255.0
     return (images.astype(jnp.float32) - mean) / std

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxblip.losses.contrastive import contrastive_loss
 from jaxblip.models.clip import MAX_LOG_SCALE, Clip, ClipTextConfig
-from jaxblip.tasks.base import LossOutput, Task, normalize_images
+from jaxblip.tasks.base import LossOutput, Task
 from jaxblip.tasks.parts import vision_config
 
 
@@ -45,7 +45,7 @@ class ClipTask(Task):
 
     def embed_images(self, params, images):
         """uint8 images to L2-normalised embeddings `[batch, embed]`."""
-        return self.apply(params, normalize_images(images), method="embed_images")
+        return self.apply(params, self.normalize_images(images), method="embed_images")
 
     def embed_texts(self, params, text_ids, text_mask):
         """Texts to L2-normalised embeddings `[batch, embed]`."""

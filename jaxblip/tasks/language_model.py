@@ -1,4 +1,4 @@
-"""The `language_model` task: a decoder language model trained on text alone."""
+"""The `language_model` task: a language model trained on text alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxblip.losses.language_modeling import token_cross_entropy
-from jaxblip.models.attention import causal_mask
-from jaxblip.models.opt import OptConfig, OptLanguageModel, token_positions
+from jaxblip.models.language_models import (
+    LanguageModelConfig,
+    answer_logits,
+    continued_hidden,
+    make_language_model,
+)
 from jaxblip.tasks.base import LossOutput, Task
 from jaxblip.tasks.parts import language_model_config
 
@@ -16,42 +20,59 @@ from jaxblip.tasks.parts import language_model_config
 class TextModel(nn.Module):
     """A language model as a part, so that its parameters have the path they have in stage 2."""
 
-    config: OptConfig
+    config: LanguageModelConfig
     dtype: str
 
     def setup(self):
-        self.language_model = OptLanguageModel(self.config, self.dtype)
+        self.language_model = make_language_model(self.config, self.dtype)
 
-    def __call__(self, text_ids, text_valid):
-        """Logits `[batch, text, vocab]`: position t scores the token t + 1."""
-        hidden, _ = self.language_model(
-            self.language_model.embed(text_ids),
-            token_positions(text_valid),
-            causal_mask(text_valid),
-        )
-        return self.language_model.logits(hidden)
+    def __call__(self, text_ids, text_valid, input_ids=None, input_valid=None):
+        """Logits `[batch, text, vocab]`.
+
+        Of a decoder-only model, position t scores the token t + 1; of an encoder-decoder model,
+        whose encoder reads the input, the token t.
+        """
+        model = self.language_model
+        if self.config.is_encoder_decoder:
+            return answer_logits(model, model.embed(input_ids), input_valid, text_ids)
+        return model.logits(continued_hidden(model, model.embed(text_ids), text_valid))
 
 
 class LanguageModelTask(Task):
-    """Next-token cross-entropy; the first token (BOS) is given."""
+    """Next-token cross-entropy.
 
-    fields = ("text_ids", "text_mask")
+    The first token of a decoder-only model (BOS) is given. The encoder of an encoder-decoder model
+    reads the prompt, and with `loss.prefix_lm` also the first words of the text.
+    """
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        if self.model.config.is_encoder_decoder:
+            return ("text_ids", "text_mask", "input_ids", "input_mask")
+        return ("text_ids", "text_mask")
 
     def build_model(self) -> TextModel:
         return TextModel(language_model_config(self.config), self.dtype)
 
     def loss(self, params, batch, rng) -> LossOutput:
-        text_ids, text_mask = batch["text_ids"], batch["text_mask"]
-        logits = self.apply(params, text_ids, text_mask, rng=rng)
-        tokens = token_cross_entropy(logits[:, :-1], text_ids[:, 1:], text_mask[:, 1:])
+        tokens = token_cross_entropy(*self._scored(params, *self.model_inputs(batch), rng=rng))
         metrics = {"lm": tokens.loss, "token_accuracy": tokens.accuracy}
         return LossOutput(tokens.loss, tokens.num_tokens, metrics)
 
-    def token_sums(self, params, text_ids, text_mask):
-        """Sums over each text's tokens: `[batch, 3]`, of loss, correct guesses, and tokens."""
-        logits = self.apply(params, text_ids, text_mask)
-        rows = jax.vmap(token_cross_entropy)(
-            logits[:, None, :-1], text_ids[:, None, 1:], text_mask[:, None, 1:]
-        )
+    def token_sums(self, params, *texts):
+        """Sums over each text's tokens: `[batch, 3]`, of loss, correct guesses, and tokens.
+
+        Args:
+          texts: the arrays of `fields`, in their order.
+        """
+        scored = (array[:, None] for array in self._scored(params, *texts))
+        rows = jax.vmap(token_cross_entropy)(*scored)
         sums = [rows.loss * rows.num_tokens, rows.accuracy * rows.num_tokens, rows.num_tokens]
         return jnp.stack(sums, axis=1)
+
+    def _scored(self, params, *texts, rng=None):
+        """Logits, the tokens that they score, and which of them count: `[batch, tokens, ...]`."""
+        logits, (text_ids, text_mask, *_) = self.apply(params, *texts, rng=rng), texts
+        if self.model.config.is_encoder_decoder:
+            return logits, text_ids, text_mask
+        return logits[:, :-1], text_ids[:, 1:], text_mask[:, 1:]

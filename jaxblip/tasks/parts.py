@@ -6,7 +6,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from jaxblip.models.opt import OptConfig
+from jaxblip.errors import UserError
+from jaxblip.models.language_models import LanguageModelConfig, config_class
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
 
@@ -21,9 +22,34 @@ def qformer_config(config: ConfigDict, *, has_text: bool) -> QFormerConfig:
     return QFormerConfig(has_text=has_text, **config.model.qformer)
 
 
-def language_model_config(config: ConfigDict) -> OptConfig:
-    """The decoder language model."""
-    return OptConfig(**config.model.language_model)
+def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> LanguageModelConfig:
+    """The language model, of the architecture that its section names.
+
+    Args:
+      is_frozen: then it has no dropout.
+
+    Raises:
+      UserError: an unknown architecture, or one whose fields the section has not.
+    """
+    fields = dict(config.model.language_model)
+    architecture = fields.pop("architecture")
+    kind = config_class(architecture)
+    if fields.keys() != {field.name for field in dataclasses.fields(kind)}:
+        raise UserError(
+            f"config.model.language_model.architecture={architecture!r} does not fit the other "
+            "fields of its section, which are those of another architecture: in the config file, "
+            f"begin with default_config({config.task!r}, language_model={architecture!r})."
+        )
+    if is_frozen and "dropout" in fields:
+        fields["dropout"] = 0.0
+    return kind(**fields)
+
+
+def language_model_section(architecture: str, **values) -> ConfigDict:
+    """`config.model.language_model`, with the defaults of an architecture but for `values`."""
+    section = ConfigDict({"architecture": architecture})
+    section.update(model_fields(config_class(architecture), **values))
+    return section
 
 
 def model_fields(config_class: type, **values) -> ConfigDict:

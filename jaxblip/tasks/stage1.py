@@ -9,7 +9,7 @@ from jaxblip.losses.contrastive import contrastive_loss
 from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.losses.matching import matching_loss, sample_hard_negatives
 from jaxblip.models.blip2 import Blip2Stage1
-from jaxblip.tasks.base import LossOutput, Task, normalize_images
+from jaxblip.tasks.base import LossOutput, Task
 from jaxblip.tasks.parts import qformer_config, vision_config
 
 
@@ -97,7 +97,7 @@ class Stage1Task(Task):
 
     def image_features(self, params, images):
         """uint8 images to what the Q-Former reads, `[batch, tokens, vision_width]`."""
-        return self.apply(params, normalize_images(images), method="image_features")
+        return self.apply(params, self.normalize_images(images), method="image_features")
 
     def embed_images(self, params, features):
         """Image features to L2-normalised embeddings `[batch, queries, embed]`."""

@@ -2,53 +2,92 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxblip.errors import UserError
 from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.models.blip2 import Blip2Stage2
-from jaxblip.models.opt import OptLanguageModel
-from jaxblip.tasks.base import LossOutput, Task, normalize_images
+from jaxblip.models.language_models import make_language_model
+from jaxblip.tasks.base import LossOutput, Task
 from jaxblip.tasks.parts import language_model_config, qformer_config, vision_config
 
 
 class Stage2Task(Task):
-    """Language-modelling loss on the text after the visual tokens (BLIP-2 §3.3)."""
+    """Language-modelling loss on the text after the visual tokens (BLIP-2 §3.3).
 
-    fields = ("image", "text_ids", "text_mask", "prompt_length")
+    A decoder-only language model reads the visual tokens, the prompt and the caption, and the loss
+    is about the caption. Of an encoder-decoder model, the encoder reads the visual tokens and the
+    prompt, with `loss.prefix_lm` also the caption's first words (`input_ids`), and the loss is
+    about what is left, which the decoder says (`text_ids`).
+    """
+
     frozen = ("vision", "language_model")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        if self.model.language_model_config.is_encoder_decoder:
+            return ("image", "text_ids", "text_mask", "input_ids", "input_mask")
+        return ("image", "text_ids", "text_mask", "prompt_length")
+
+    def _check(self) -> None:
+        super()._check()
+        model = self.config.model
+        queries, text = model.qformer.num_query_tokens, self.config.data.max_text_tokens
+        limit = model.language_model.get("max_positions", queries + text)
+        if queries + text > limit:
+            raise UserError(
+                f"config.model.qformer.num_query_tokens={queries} and data.max_text_tokens={text} "
+                f"together are more than config.model.language_model.max_positions={limit}: lower "
+                "one of the first two."
+            )
 
     def build_model(self) -> Blip2Stage2:
         config = self.config
         # A frozen language model runs without dropout; LAVIS leaves it on for OPT by accident.
-        language_model = dataclasses.replace(language_model_config(config), dropout=0.0)
         return Blip2Stage2(
             vision_config(config),
             qformer_config(config, has_text=False),
-            language_model,
+            language_model_config(config, is_frozen=True),
             vision_norm_epsilon=config.model.vision_norm_epsilon,
             dtype=self.dtype,
         )
 
     def loss(self, params, batch, rng) -> LossOutput:
-        text_ids, text_mask = batch["text_ids"], batch["text_mask"]
+        text_ids, counts = batch["text_ids"], batch["text_mask"]
         logits = self.apply(params, *self.model_inputs(batch), rng=rng)
-        is_prompt = jnp.arange(text_ids.shape[1]) < batch["prompt_length"][:, None]
-        tokens = token_cross_entropy(logits, text_ids, text_mask & ~is_prompt)
+        if "prompt_length" in batch:
+            counts = counts & (jnp.arange(text_ids.shape[1]) >= batch["prompt_length"][:, None])
+        tokens = token_cross_entropy(logits, text_ids, counts)
         metrics = {"lm": tokens.loss, "token_accuracy": tokens.accuracy}
         return LossOutput(tokens.loss, tokens.num_tokens, metrics)
 
     @property
-    def language_model(self) -> OptLanguageModel:
+    def language_model(self) -> nn.Module:
         """The language model by itself, as decoding wants it."""
-        return OptLanguageModel(self.model.language_model_config, self.dtype)
+        return make_language_model(self.model.language_model_config, self.dtype)
 
-    def prefix(self, params, images, prompt_ids):
-        """What the language model continues: `[batch, queries + prompt, lm_width]`.
+    def prefix(
+        self,
+        params,
+        images,
+        prompt_ids,
+        prompt_valid=None,
+        instruction_ids=None,
+        instruction_valid=None,
+    ):
+        """What the language model continues or answers, and which of its positions count.
 
         Args:
           images: uint8.
-          prompt_ids: int `[prompt]`, the same for all images, BOS first.
+          prompt_ids: of each image, or one for all images, also as a list
+            (`data.inputs.prompt_ids`).
+          prompt_valid, instruction_ids, instruction_valid: as in `Blip2Stage2.prefix`.
+
+        Returns:
+          `[batch, queries + prompt, lm_width]` and bool `[batch, queries + prompt]`.
         """
-        return self.apply(params, normalize_images(images), jnp.asarray(prompt_ids), method="prefix")
+        prompt = jnp.asarray(prompt_ids, jnp.int32), prompt_valid
+        instruction = instruction_ids, instruction_valid
+        images = self.normalize_images(images)
+        return self.apply(params, images, *prompt, *instruction, method="prefix")

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxblip.errors import UserError
+from jaxblip.training.piecewise import layer_chunks
 from jaxblip.training.state import Params, TrainState
 
 FOLDER = "checkpoints"
@@ -102,7 +103,7 @@ class Checkpoints:
         return self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
+                params=ocp.args.PyTreeSave(params, save_args=layer_chunks(params)),
                 train=ocp.args.PyTreeSave(train),
                 data=ocp.args.JsonSave(data_state),
                 frozen=ocp.args.JsonSave(self._frozen),
@@ -277,8 +278,29 @@ def fingerprint(tree: Any) -> str:
     checksums = jax.jit(
         lambda arrays: jnp.stack([_checksum(array) for array in arrays]), out_shardings=whole
     )([leaf for _, leaf in leaves]) if leaves else []  # fmt: skip
+    return _digest(leaves, np.asarray(checksums))
+
+
+def stored_fingerprint(tree: Any) -> str:
+    """As `fingerprint`, of parameters that are still in files; memory is one layer of one.
+
+    Args:
+      tree: as `interop.load.put_params` takes it.
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    checksum = jax.jit(_checksum)
+
+    def of(leaf: Any) -> int:
+        if not leaf.is_stacked:
+            return int(checksum(leaf[()], 0))
+        return sum(int(checksum(leaf[layer], layer)) for layer in range(leaf.shape[0])) % 2**32
+
+    return _digest(leaves, [of(leaf) for _, leaf in leaves])
+
+
+def _digest(leaves: Sequence[tuple[Any, Any]], checksums: Sequence[int]) -> str:
     digest = hashlib.sha256()
-    for (path, leaf), checksum in zip(leaves, np.asarray(checksums), strict=True):
+    for (path, leaf), checksum in zip(leaves, checksums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {tuple(leaf.shape)} {leaf.dtype} {checksum}\n".encode())
     return digest.hexdigest()
@@ -419,17 +441,21 @@ def _origin(reference: Mapping[str, str]) -> str:
     return f"{reference['source']!r}{revision} (fingerprint {reference['fingerprint'][:12]})"
 
 
-def _checksum(array: Array) -> UInt32[Array, ""]:
+def _checksum(array: Array, number: Array | int = 0) -> UInt32[Array, ""]:
     """Sum modulo 2**32 of a hash of (position, bits) of each element.
 
-    The order of an integer sum does not matter, so neither does the sharding.
+    The order of an integer sum does not matter, so neither does the sharding; and the sum of a
+    stack is that of its layers.
+
+    Args:
+      number: of the layer that `array` is in its stack.
     """
     array = jnp.asarray(array)
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     width = jnp.dtype(array.dtype).itemsize * 8
     bits = jax.lax.bitcast_convert_type(array, f"uint{width}").astype(jnp.uint32)
-    position = jnp.zeros(array.shape, jnp.uint32)
+    position = jnp.full(array.shape, number, jnp.uint32)
     for axis, size in enumerate(array.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(
             jnp.uint32, array.shape, axis

@@ -1,34 +1,21 @@
-"""Where a run's parameters come from: random values, and parts of other runs."""
+"""Where a run's parameters come from: random values, other runs, and published checkpoints."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
+from jaxblip.interop.load import put_params
 from jaxblip.sharding import tree_shardings
 from jaxblip.tasks import Task
-from jaxblip.training.checkpoints import (
-    fingerprint,
-    load_frozen_references,
-    load_params,
-    saved_steps,
-)
+from jaxblip.training.checkpoints import fingerprint
+from jaxblip.training.sources import RANDOM, Stored, init_field, source_of, stored_parts
 from jaxblip.training.state import Params, cast_frozen, split_params
-
-# Which parts of the parameter tree a field of `config.init` stands for. The norm between encoder
-# and Q-Former is trained with the Q-Former.
-PARTS = {
-    "vision": ("vision",),
-    "qformer": ("qformer", "vision_norm"),
-    "language_model": ("language_model",),
-}
-RANDOM = "random"
 
 References = dict[str, dict[str, str]]
 
@@ -48,91 +35,66 @@ def initial_trainable(task: Task, mesh: Mesh) -> Params:
 
 
 def frozen_params(task: Task, mesh: Mesh) -> tuple[Params, References]:
-    """The parameters that do not train, as `config.frozen_dtype` on the mesh, and where they are from.
+    """The parameters that do not train, in `config.frozen_dtype` on the mesh, and their origin.
 
     Raises:
       UserError: a frozen part has no source in `config.init`.
     """
-    config = task.config
     _, shapes = abstract_params(task)
-    for part in shapes:
-        if not _source(config, part):
-            raise UserError(
-                f"The part {part!r} is frozen but has no weights: set --config.init."
-                f"{_init_field(part)} to the work directory of a run that trained it, or to "
-                f"{RANDOM!r}."
-            )
-    params, revisions = _parts(task, mesh, shapes)
-    references = {
-        part: {
-            "source": _source(config, part),
-            "revision": revisions[part],
-            "fingerprint": fingerprint(tree),
-        }
-        for part, tree in params.items()
-    }
+    params, references = _parts(task, mesh, shapes, are_frozen=True)
+    for part, tree in params.items():
+        references[part]["fingerprint"] = fingerprint(tree)
     return params, references
 
 
-def _parts(task: Task, mesh: Mesh, shapes: Params) -> tuple[Params, dict[str, str]]:
-    """Values for `shapes`, and the revision of each part: the step of the run that it is from."""
-    config = task.config
-    shardings = tree_shardings(shapes, mesh)
-    params, revisions = {}, {}
-    for part, tree in shapes.items():
-        source = _source(config, part)
-        if source in ("", RANDOM):
-            revisions[part] = f"seed {config.seed}"
-            continue
-        values, revisions[part] = load_part(source, part)
-        values = _fit(values, tree, part, source)
-        params[part] = jax.tree.map(
-            lambda value, like, sharding: jax.make_array_from_callback(
-                like.shape, sharding, lambda index: np.asarray(value[index], like.dtype)
-            ),
-            values,
-            tree,
-            shardings[part],
-        )
-    missing = {part: tree for part, tree in shapes.items() if part not in params}
-    if missing:
-        random = jax.jit(
-            lambda key: _select_like(task.init(key), missing),
-            out_shardings={part: shardings[part] for part in missing},
-        )(jax.random.key(config.seed))
-        params |= random
-    return params, revisions
+def random_params(task: Task, shapes: Params, shardings: Params | None = None) -> Params:
+    """Those of the random parameters that `shapes` has, with its dtypes; only they are computed."""
+    if not shapes:
+        return {}
+    make = jax.jit(lambda key: _select_like(task.init(key), shapes), out_shardings=shardings)
+    return make(jax.random.key(task.config.seed))
 
 
-def load_part(source: str, part: str, step: int | None = None) -> tuple[Params, str]:
-    """A part of another run's latest checkpoint, as numpy arrays, and the step it is from.
+def stored_or_error(task: Task, shapes: Params) -> Stored:
+    """The values of frozen parameters that are not random.
 
-    Where the part was frozen in that run, its reference is followed to the run that trained it.
+    Raises:
+      UserError: a part has no source; only what `config.init` calls random is random.
     """
-    steps = saved_steps(source)
-    if not steps:
+    config = task.config
+    _check_sources(config, {part for part in shapes if not source_of(config, part)})
+    stored = stored_parts(config, shapes)
+    random = {part for part in shapes if stored.references[part]["source"] == RANDOM}
+    _check_sources(config, {part for part in random if source_of(config, part) != RANDOM})
+    return stored
+
+
+def _check_sources(config: ConfigDict, without: set[str]) -> None:
+    for part in sorted(without):
         raise UserError(
-            f"{source!r} is to supply the part {part!r}, but there is no run with checkpoints in "
-            "that folder: train it first, or name another work directory in config.init."
+            f"The part {part!r} is frozen but has no weights: set --config.init."
+            f"{init_field(config, part)} to the work directory of a run that trained it, to "
+            f"published weights (a folder, a file or hf:NAME), or to {RANDOM!r}."
         )
-    step = steps[-1] if step is None else step
-    reference = load_frozen_references(source, step).get(part)
-    if reference is None:
-        return load_params(source, part, step), str(step)
-    if reference["source"] == RANDOM:
-        raise UserError(
-            f"The part {part!r} was random and frozen in the run {source!r}: there are no weights "
-            "to load; name another source in config.init."
-        )
-    return load_part(reference["source"], part, int(reference["revision"]))
 
 
-def _init_field(part: str) -> str:
-    return next((field for field, parts in PARTS.items() if part in parts), part)
-
-
-def _source(config: ConfigDict, part: str) -> str:
-    return config.init.get(_init_field(part), "")
+def _parts(
+    task: Task, mesh: Mesh, shapes: Params, *, are_frozen: bool = False
+) -> tuple[Params, References]:
+    """Values for `shapes`, and where each part is from."""
+    stored = stored_or_error(task, shapes) if are_frozen else stored_parts(task.config, shapes)
+    flat, shardings = (flatten_dict(t, sep="/") for t in (shapes, tree_shardings(shapes, mesh)))
+    params = put_params(stored.params, {path: shardings[path] for path in stored.params})
+    missing = [path for path in flat if path not in params]
+    random = random_params(
+        task, *(unflatten_dict({p: t[p] for p in missing}, sep="/") for t in (flat, shardings))
+    )
+    params |= flatten_dict(random, sep="/")
+    for source, lacking in stored.lacking.items():
+        if jax.process_index() == 0:
+            print(f"{source} has no {', '.join(lacking)}: these parameters start at random.")
+    references = {part: dict(stored.references[part]) for part in shapes}
+    return unflatten_dict({path: params[path] for path in flat}, sep="/"), references
 
 
 def _select_like(params: Any, like: Any) -> Any:
@@ -141,24 +103,3 @@ def _select_like(params: Any, like: Any) -> Any:
     return unflatten_dict(
         {path: flat[path].astype(leaf.dtype) for path, leaf in flatten_dict(like).items()}
     )
-
-
-def _fit(values: Any, shapes: Any, part: str, source: str) -> Any:
-    """The values that the model wants; the source may have more, such as stage 1's text side."""
-    if isinstance(shapes, jax.ShapeDtypeStruct):  # a part that is a single parameter
-        values, shapes = {"": values}, {"": shapes}
-        return _fit(values, shapes, part, source)[""]
-    have, want = flatten_dict(values, sep="/"), flatten_dict(shapes, sep="/")
-    wrong = [
-        f"{part}/{path} is {tuple(have[path].shape) if path in have else 'absent'} there and "
-        f"{tuple(leaf.shape)} here"
-        for path, leaf in want.items()
-        if path not in have or tuple(have[path].shape) != tuple(leaf.shape)
-    ]
-    if wrong:
-        raise UserError(
-            f"The part {part!r} of {source!r} does not fit the model of this config: "
-            f"{'; '.join(wrong[:8])}{f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''}. "
-            f"Give config.model the sizes of that run."
-        )
-    return unflatten_dict({path: have[path] for path in want}, sep="/")

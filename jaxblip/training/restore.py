@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxblip import sharding
 from jaxblip.config import apply_overrides, config_from_dict
 from jaxblip.data import inputs
 from jaxblip.errors import UserError
+from jaxblip.interop.load import put_params
 from jaxblip.tasks import Task, make_task
 from jaxblip.training.checkpoints import (
     CONFIG_FILE,
+    FOLDER,
     check_frozen,
     load_frozen_references,
-    load_params,
     saved_steps,
 )
 from jaxblip.training.initialize import frozen_params
+from jaxblip.training.piecewise import saved_params
 from jaxblip.training.state import Params
 
 
@@ -39,6 +41,25 @@ class Run:
     step: int
 
 
+def read_config(workdir: str, step: int | None = None) -> tuple[ConfigDict, int]:
+    """The config of a run, and the step of one of its checkpoints.
+
+    Args:
+      step: None for the latest.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint.
+    """
+    path, steps = Path(workdir) / CONFIG_FILE, saved_steps(workdir)
+    if not path.is_file() or not steps:
+        raise UserError(
+            f"There is no run with a checkpoint in {workdir!r}: name the --workdir of a training."
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"There is no checkpoint of step {step} in {workdir!r}: it has {steps}.")
+    return config_from_dict(json.loads(path.read_text())), steps[-1] if step is None else step
+
+
 def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = None) -> Run:
     """Reads config, tokenizer and parameters of a run; its frozen parts come from their sources.
 
@@ -49,20 +70,14 @@ def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     Raises:
       UserError: no complete run is there, or a frozen part is not the one it was trained with.
     """
-    path, steps = Path(workdir) / CONFIG_FILE, saved_steps(workdir)
-    if not path.is_file() or not steps:
-        raise UserError(
-            f"There is no run with a checkpoint in {workdir!r}: name the --workdir of a training."
-        )
-    step = steps[-1] if step is None else step
-    config = config_from_dict(json.loads(path.read_text()))
+    config, step = read_config(workdir, step)
     apply_overrides(config, overrides)
     task = make_task(config)
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = inputs.run_tokenizer(config, workdir, source=None)
 
-    params = load_params(workdir, step=step)
-    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    saved = saved_params(f"{workdir}/{FOLDER}/{step}")
+    params = put_params(saved, sharding.tree_shardings(saved, mesh))
     frozen, references = frozen_params(task, mesh)
     check_frozen(load_frozen_references(workdir, step), references, where=workdir)
     return Run(task, tokenizer, mesh, params, frozen, step)

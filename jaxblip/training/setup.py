@@ -16,11 +16,14 @@ from jaxblip.config import MAY_CHANGE_ON_RESUME
 from jaxblip.data import inputs
 from jaxblip.data.samples import Source
 from jaxblip.data.tokenizers import save_tokenizer
+from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
 from jaxblip.training import checkpoints, environment
+from jaxblip.training.adopt import adopt_sources
 from jaxblip.training.checkpoints import Checkpoints
 from jaxblip.training.initialize import abstract_params, initial_trainable
 from jaxblip.training.optimizer import learning_rate, make_optimizer
+from jaxblip.training.sources import is_converted
 from jaxblip.training.state import Params, TrainState
 from jaxblip.training.step import Step, jit_step, make_train_step
 
@@ -45,15 +48,24 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     Raises:
       UserError: config, data source, tokenizer or work directory cannot be used.
     """
+    if is_converted(workdir):
+        raise UserError(
+            f"{workdir!r} was written by `jaxblip convert` and has no state of a training to go on "
+            f"with: name it in --config.init.all, and another --workdir."
+        )
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.optimizer.accumulation_steps)
     schedule, optimizer = learning_rate(config), make_optimizer(config)
     source = inputs.open_train_source(config)
-    tokenizer = inputs.run_tokenizer(config, workdir, source)
-    config = inputs.with_vocabulary(config, tokenizer)
+    adopted = adopt_sources(config)
+    tokenizer = inputs.run_tokenizer(adopted.config, workdir, source, adopted.tokenizer)
+    config = inputs.with_vocabulary(adopted.config, tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     abstract_params(task)  # shapes that do not fit each other, frozen parts that do not exist
+    if jax.process_index() == 0:
+        for line in adopted.lines:
+            print(line)
     return Setup(config, workdir, mesh, source, tokenizer, task, schedule, optimizer)
 
 

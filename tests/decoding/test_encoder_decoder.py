@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from jaxblip.decoding import DecodingConfig, EncoderDecoder, generate_from_encoder
+from jaxblip.decoding import DecodingConfig, EncoderDecoder, generate
 from jaxblip.errors import UserError
-from jaxblip.interop.t5 import t5_config
+from jaxblip.interop.families.t5 import t5_config
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.t5 import T5LanguageModel, shift_right
 from jaxblip.sharding import make_mesh, put_batch, tree_shardings
@@ -24,7 +24,7 @@ LENGTHS = (5, 3, 1, 4, 5, 2)
 # Random models that stop at different places, and in some rows never.
 SEEDS = {"flan_t5": (0, 7), "blip2": (2,), "t5": (1, 2)}
 MODELS = {name: T5LanguageModel(t5_config(random_t5(name).config.to_dict())) for name in SEEDS}
-compiled = jax.jit(generate_from_encoder, static_argnames=("language_model", "config"))
+compiled = jax.jit(generate, static_argnames=("language_model", "config"))
 
 
 def config(num_beams=1, length_penalty=1.0, **fields):
@@ -178,7 +178,7 @@ def test_one_compilation_for_all_inputs_of_a_shape():
     @jax.jit
     def traced(params, embeddings, valid):
         traces.append(embeddings.shape)
-        return generate_from_encoder(MODELS["flan_t5"], params, embeddings, valid, config())
+        return generate(MODELS["flan_t5"], params, embeddings, valid, config())
 
     results = [
         np.asarray(traced(example.params, example.embeddings, example.valid))

@@ -13,7 +13,7 @@ from reference_llama import VARIANTS, llama_params, random_llama
 from tiny_tasks import fast_jit
 
 from jaxblip.decoding import DecodingConfig, generate
-from jaxblip.interop.llama import llama_config
+from jaxblip.interop.families.llama import llama_config
 from jaxblip.models.llama import LlamaLanguageModel
 from jaxblip.sharding import make_mesh, put_batch, tree_shardings
 

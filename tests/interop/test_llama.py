@@ -9,7 +9,7 @@ import transformers
 from reference_llama import VARIANTS, random_llama
 
 from jaxblip.errors import UserError
-from jaxblip.interop.llama import DEFAULTS, llama_config
+from jaxblip.interop.families.llama import DEFAULTS, llama_config
 from jaxblip.models.llama import LlamaConfig
 
 SIZES = dict(

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from jaxblip.errors import UserError
-from jaxblip.interop.t5 import t5_config
+from jaxblip.interop.families.t5 import t5_config
 from jaxblip.models.t5 import T5Config
 
 # As on the hub: FlanT5-XL by itself, and as the text_config of BLIP-2; T5-small, whose file says

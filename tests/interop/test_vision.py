@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from jaxblip.errors import UserError
-from jaxblip.interop.vision import DEFAULTS, vit_config
+from jaxblip.interop.families.vision import DEFAULTS, vit_config
 from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
 
 CLASSES = {

@@ -59,6 +59,8 @@ def counts(name: str, *overrides: str) -> tuple[int, dict[str, int]]:
         ("stage1_vit_g", 186_705_470),  # the number in a public log, to the digit
         ("stage2_vit_g_opt_2_7b", 107_133_696),  # likewise
         ("stage2_vit_g_opt_6_7b", 108_314_880),
+        ("stage2_flan_t5_xl", 106_739_968),
+        ("stage2_flan_t5_xxl", 108_314_880),
     ],
 )
 def test_trainable_parameters(name, trainable):
@@ -66,7 +68,12 @@ def test_trainable_parameters(name, trainable):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("stage1_vit_l", 183.166), ("stage2_vit_l_opt_2_7b", 103.594)]
+    ("name", "millions"),
+    [
+        ("stage1_vit_l", 183.166),
+        ("stage2_vit_l_opt_2_7b", 103.594),
+        ("stage2_vit_l_flan_t5_xl", 103.200),
+    ],
 )
 def test_trainable_parameters_with_vit_l(name, millions):
     trainable, frozen = counts(name)
@@ -317,7 +324,7 @@ def test_logits_are_those_of_the_language_model_after_the_visual_tokens():
         own = params["language_model"]
         rows = []
         for row in range(2):
-            embedded = model.apply(
+            embedded, _ = model.apply(
                 {"params": params}, images[row : row + 1], text_ids[row], method="prefix"
             )
             hidden, _ = language_model.apply(

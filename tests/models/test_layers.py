@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxblip.errors import UserError
 from jaxblip.models import layers
+from jaxblip.models.clip import ClipTextConfig
+from jaxblip.models.siglip import SiglipTextConfig
+from jaxblip.models.t5 import T5_ACTIVATIONS, T5Config
+from jaxblip.models.vit import VitConfig
 
 WIDTH, DEPTH = 6, 3
 
@@ -57,3 +62,20 @@ def test_only_deep_stacks_are_compiled_as_a_loop(depth, is_loop):
     params = jax.eval_shape(lambda: stack.init(jax.random.key(0), x, 1.0))
     compiled = jax.jit(stack.apply).lower(params, x, 1.0).compile().as_text()
     assert (" while(" in compiled) == is_loop
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (VitConfig, layers.ACTIVATIONS),
+        (ClipTextConfig, layers.ACTIVATIONS),
+        (SiglipTextConfig, layers.ACTIVATIONS),
+        (T5Config, T5_ACTIVATIONS),
+    ],
+)
+def test_an_unknown_activation_names_the_known_ones(config, known):
+    with pytest.raises(UserError) as error:
+        config(activation="swish")
+    expected = f"{config.__name__}: activation='swish' is not known; use one of {', '.join(known)}."
+    assert str(error.value) == expected
+    assert all(config(activation=name).activation == name for name in known)

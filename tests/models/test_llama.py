@@ -20,7 +20,7 @@ from tiny_tasks import fast_jit
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from jaxblip.errors import UserError
-from jaxblip.interop.llama import llama_config
+from jaxblip.interop.families.llama import llama_config
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.layers import empty_cache
 from jaxblip.models.llama import (

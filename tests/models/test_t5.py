@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from transformers.models.t5.modeling_t5 import T5Attention as TorchT5Attention
 
 from jaxblip.errors import UserError
-from jaxblip.interop.t5 import t5_config
+from jaxblip.interop.families.t5 import t5_config
 from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.layers import empty_cache

@@ -36,13 +36,17 @@ from jaxblip.models.attention import (
     multimodal_causal_mask,
     unimodal_mask,
 )
+from jaxblip.models.t5 import T5LanguageModel
 from jaxblip.tasks import make_task
 
 FIELDS = {
     "clip": {"image", "text_ids", "text_mask", "image_id"},
     "language_model": {"text_ids", "text_mask"},
+    "language_model_t5": {"text_ids", "text_mask", "input_ids", "input_mask"},
     "stage1": {"image", "text_ids", "text_mask", "image_id"},
     "stage2": {"image", "text_ids", "text_mask", "prompt_length"},
+    "stage2_llama": {"image", "text_ids", "text_mask", "prompt_length"},
+    "stage2_t5": {"image", "text_ids", "text_mask", "input_ids", "input_mask"},
 }
 SMOOTHING = 0.1
 
@@ -167,11 +171,40 @@ def plain_stage2(task, params, batch):
     return token_loss(logits, batch["text_ids"], counts)
 
 
+def t5_loss(config, params, visual, batch):
+    """The encoder reads [visual, input], the decoder says the text."""
+    start = np.zeros((ROWS, 1), np.int32)
+    decoder_ids = np.concatenate([start, batch["text_ids"][:, :-1]], axis=1)
+    mask = jnp.tril(jnp.ones((TEXT, TEXT), bool))[None, None]
+    valid = np.concatenate([np.ones(visual.shape[:2], bool), batch["input_mask"]], axis=1)
+
+    def logits(model):
+        read = jnp.concatenate([visual, model.embed(batch["input_ids"])], axis=1)
+        hidden = model(read, jnp.array(valid), model.embed(decoder_ids), mask)
+        return model.logits(hidden)
+
+    own_params = {"params": params["language_model"]}
+    scores = T5LanguageModel(config).apply(own_params, method=logits)
+    return token_loss(scores, batch["text_ids"], batch["text_mask"])
+
+
+def plain_language_model_t5(task, params, batch):
+    return t5_loss(task.model.config, params, np.zeros((ROWS, 0, WIDTH), np.float32), batch)
+
+
+def plain_stage2_t5(task, params, batch):
+    visual = task.model.apply({"params": params}, pixels(batch), method="visual_tokens")
+    return t5_loss(task.model.language_model_config, params, visual, batch)
+
+
 PLAIN = {
     "clip": plain_clip,
     "language_model": plain_language_model,
+    "language_model_t5": plain_language_model_t5,
     "stage1": plain_stage1,
     "stage2": plain_stage2,
+    "stage2_llama": plain_stage2,
+    "stage2_t5": plain_stage2_t5,
 }
 
 
@@ -228,34 +261,37 @@ def test_stage1_reports_its_parts():
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_the_weight_is_what_the_loss_is_a_mean_over(name):
     _, params, batch = made(name)
-    given = {"language_model": np.ones(ROWS), "stage2": batch.get("prompt_length")}
     expected = ROWS
-    if name in given:
-        expected = np.maximum(batch["text_mask"].sum(axis=1) - given[name], 0).sum()
+    if name.startswith(("language_model", "stage2")):
+        given = np.full(ROWS, name == "language_model")  # BOS
+        given = batch.get("prompt_length", given)
+        expected = np.maximum(batch["text_mask"].sum(axis=1) - given, 0).sum()
     assert float(jitted_loss(name)(params, batch, None).weight) == expected
 
 
+@pytest.mark.parametrize("name", ["stage2", "stage2_llama"])
 @pytest.mark.parametrize("prompt", [0, 2, TEXT])
-def test_prompt_tokens_carry_no_loss_in_stage2(prompt):
-    _, params, batch = made("stage2")
+def test_prompt_tokens_carry_no_loss_in_stage2(name, prompt):
+    _, params, batch = made(name)
     mask = np.ones((ROWS, TEXT), bool)
     batch = batch | {"text_mask": mask, "prompt_length": np.full(ROWS, prompt, np.int32)}
-    output = jitted_loss("stage2")(params, batch, None)
+    output = jitted_loss(name)(params, batch, None)
     assert float(output.weight) == ROWS * (TEXT - prompt)
     # Without a prompt, the first token (BOS) is a target, predicted from the last query.
     assert (float(output.loss) == 0.0) == (prompt == TEXT)
 
 
-def test_language_model_sums_of_each_text():
-    task, params, batch = made("language_model")
-    sums = fast_jit(task.token_sums)(params, batch["text_ids"], batch["text_mask"])
-    logits = np.asarray(
-        fast_jit(task.apply)(params, batch["text_ids"], batch["text_mask"]), np.float64
-    )
+@pytest.mark.parametrize(("name", "first"), [("language_model", 1), ("language_model_t5", 0)])
+def test_language_model_sums_of_each_text(name, first):
+    """The first token of a decoder-only model is given; a decoder's start token is no target."""
+    task, params, batch = made(name)
+    texts = [batch[field] for field in task.fields]
+    sums = fast_jit(task.token_sums)(params, *texts)
+    logits = np.asarray(fast_jit(task.apply)(params, *texts), np.float64)
     for row in range(ROWS):
         expected = np.zeros(3)
-        for t in range(1, batch["text_mask"][row].sum()):
-            scores, target = logits[row, t - 1], batch["text_ids"][row, t]
+        for t in range(first, batch["text_mask"][row].sum()):
+            scores, target = logits[row, t - first], batch["text_ids"][row, t]
             loss = np.log(np.exp(scores).sum()) - scores[target]
             expected += [loss, scores.argmax() == target, 1]
         np.testing.assert_allclose(sums[row], expected, rtol=1e-4)
@@ -271,6 +307,19 @@ def test_batch_shapes_are_those_of_the_fields(name):
     assert set(task.fields) == set(shapes) == FIELDS[name]
     described = {field: (array.shape, array.dtype) for field, array in batch.items()}
     assert {field: (shape.shape, shape.dtype) for field, shape in shapes.items()} == described
+
+
+@pytest.mark.parametrize("name", ["clip", "stage1", "stage2"])
+def test_pixels_are_normalized_as_the_config_says(name):
+    config = tiny_config(name)
+    config.data.pixel_mean, config.data.pixel_std = (0.5, 0.25, 0.0), (0.5, 0.5, 2.0)
+    task, images = make_task(config), np.array([[[[0, 51, 255]]]], np.uint8)
+    np.testing.assert_allclose(task.normalize_images(images), [[[[-1, -0.1, 0.5]]]], rtol=1e-5)
+    _, params, batch = made(name)
+    as_configured, as_clip = (
+        float(fast_jit(t.loss)(params, batch, None).loss) for t in (task, made(name)[0])
+    )
+    assert as_configured != pytest.approx(as_clip, rel=1e-3)
 
 
 @pytest.mark.parametrize("log_scale, expected", [(10.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)])
@@ -316,6 +365,7 @@ def loss_without_key(name, metric):
         ("stage1", "itc", {"qformer": {"attention_dropout": 0.3}}),
         ("stage2", "lm", {"qformer": {"hidden_dropout": 0.3}}),
         ("language_model", "lm", {"language_model": {"dropout": 0.3}}),
+        ("language_model_t5", "lm", {"language_model": {"dropout": 0.3}}),
     ],
 )
 def test_a_key_switches_dropout_on(name, metric, dropout):
@@ -335,9 +385,10 @@ def test_without_a_key_there_is_no_dropout(name):
     assert float(metrics[metric]) == pytest.approx(loss_without_key(name, metric), rel=1e-6)
 
 
-def test_a_frozen_language_model_has_no_dropout():
-    keyed = keyed_losses("stage2", "lm", language_model={"dropout": 0.5})
-    assert keyed == pytest.approx([loss_without_key("stage2", "lm")] * 3, rel=1e-5)
+@pytest.mark.parametrize("name", ["stage2", "stage2_t5"])
+def test_a_frozen_language_model_has_no_dropout(name):
+    keyed = keyed_losses(name, "lm", language_model={"dropout": 0.5})
+    assert keyed == pytest.approx([loss_without_key(name, "lm")] * 3, rel=1e-5)
 
 
 # Frozen parts in the step
@@ -375,10 +426,12 @@ def trained_kernels(name, frozen):
         ("stage1", ("vision",)),
         ("stage2", ("vision", "language_model")),
         ("stage2", ("language_model",)),
+        ("stage2_llama", ("vision", "language_model")),
+        ("stage2_t5", ("vision", "language_model")),
     ],
 )
 def test_no_gradient_of_a_frozen_part_is_computed(name, frozen):
-    parts = {"vision", "language_model"} if name == "stage2" else {"vision"}
+    parts = {"vision", "language_model"} if name.startswith("stage2") else {"vision"}
     if name == "clip":
         parts.add("language_model")  # the text tower, which is as wide
     assert trained_kernels(name, frozen) == parts - set(frozen)
@@ -389,7 +442,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_llama", "stage2_t5"])
 def test_steps_leave_frozen_parts_as_they_are_and_move_the_rest(name):
     config = tiny_config(name)
     config.frozen_dtype = "bfloat16"

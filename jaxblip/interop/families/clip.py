@@ -1,24 +1,37 @@
-"""CLIP: the names of transformers' `CLIPModel`."""
+"""CLIP: the names of transformers' `CLIPModel` and `CLIPVisionModel`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from jaxblip.errors import UserError
-from jaxblip.interop.entries import Entries, Layout, embedding, linear, norm, plain
+from jaxblip.interop.entries import (
+    Entries,
+    Layout,
+    also_under,
+    embedding,
+    linear,
+    norm,
+    plain,
+)
 from jaxblip.interop.families.vision import (
+    ACTIVATIONS,
     POSITION_IDS,
     clip_layers_entries,
     clip_vit_entries,
     hf_vision_config,
+    vit_config,
 )
-from jaxblip.interop.vision import ACTIVATIONS, vit_config
 from jaxblip.models.clip import Clip, ClipTextConfig
+from jaxblip.models.siglip import SiglipTextConfig
+from jaxblip.models.vit import VitConfig
 
 VISION_TYPE = "clip_vision_model"
+
+TextConfig = TypeVar("TextConfig", ClipTextConfig, SiglipTextConfig)
 
 
 def clip_layout(model: Clip) -> Layout:
@@ -34,8 +47,22 @@ def clip_layout(model: Clip) -> Layout:
     return Layout(entries, ignored=(POSITION_IDS,))
 
 
-def clip_text_entries(config: ClipTextConfig, theirs: str = "", ours: str = "text/") -> Entries:
-    """The parameters of `ClipTextTower`: `CLIPTextModel`."""
+def clip_vision_layout(config: VitConfig) -> Layout:
+    """A checkpoint of `CLIPVisionModel`: `vision` and `vision_norm`.
+
+    transformers 4 has its names under "vision_model."; 5 writes them bare and reads both.
+    """
+    entries = (
+        *clip_vit_entries(config, "vision_model."),
+        *norm("vision_model.post_layernorm", "vision_norm"),
+    )
+    return Layout(also_under(entries, "vision_model.", ""), ignored=(POSITION_IDS,))
+
+
+def clip_text_entries(
+    config: ClipTextConfig | SiglipTextConfig, theirs: str = "", ours: str = "text/"
+) -> Entries:
+    """The parameters of `ClipTextTower` and `SiglipTextTower`: `CLIPTextModel`."""
     return (
         *embedding(f"{theirs}embeddings.token_embedding", f"{ours}token_embedding"),
         *embedding(f"{theirs}embeddings.position_embedding", f"{ours}position_embedding"),
@@ -63,14 +90,22 @@ def clip_text_config(hf: Mapping[str, Any]) -> ClipTextConfig:
     Raises:
       UserError: the field and the value that `ClipTextConfig` does not cover.
     """
-    fields = _TEXT_DEFAULTS | dict(hf)
+    return text_tower(ClipTextConfig, "CLIP", _TEXT_DEFAULTS | dict(hf))
+
+
+def text_tower(kind: type[TextConfig], name: str, fields: Mapping[str, Any]) -> TextConfig:
+    """The text tower `kind` that a complete `text_config` describes.
+
+    Args:
+      name: of the family, for errors.
+    """
     if fields["hidden_act"] not in ACTIVATIONS or fields["attention_dropout"]:
         raise UserError(
-            f"A CLIP text tower with hidden_act={fields['hidden_act']!r} and attention_dropout="
+            f"A {name} text tower with hidden_act={fields['hidden_act']!r} and attention_dropout="
             f"{fields['attention_dropout']} is not covered: the activations are "
             f"{', '.join(ACTIVATIONS)}, and there is no dropout."
         )
-    return ClipTextConfig(
+    return kind(
         vocab_size=fields["vocab_size"],
         max_positions=fields["max_position_embeddings"],
         width=fields["hidden_size"],
@@ -80,6 +115,20 @@ def clip_text_config(hf: Mapping[str, Any]) -> ClipTextConfig:
         activation=ACTIVATIONS[fields["hidden_act"]],
         layer_norm_epsilon=fields["layer_norm_eps"],
     )
+
+
+def hf_text_tower(text: ClipTextConfig | SiglipTextConfig) -> dict[str, Any]:
+    """The fields of a `text_config` of which `text_tower` makes `text` again."""
+    return {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": text.mlp_width,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "max_position_embeddings": text.max_positions,
+        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[text.activation],
+        "layer_norm_eps": text.layer_norm_epsilon,
+    }
 
 
 def clip_model(hf: Mapping[str, Any], dtype: Any = jnp.float32) -> Clip:
@@ -101,24 +150,18 @@ def hf_clip_config(model: Clip, **tokens: int) -> dict[str, Any]:
       tokens: ids of the text tower that the model itself does not know: `bos_token_id`,
         `eos_token_id` (whose place in a text the text embedding is taken from), `pad_token_id`.
     """
-    text = model.text_config
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": model.embed_dim,
         "vision_config": hf_vision_config(model.vision_config, VISION_TYPE)
         | {"projection_dim": model.embed_dim},
-        "text_config": {
-            "model_type": "clip_text_model",
-            "projection_dim": model.embed_dim,
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
-            "num_hidden_layers": text.num_layers,
-            "num_attention_heads": text.num_heads,
-            "max_position_embeddings": text.max_positions,
-            "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[text.activation],
-            "layer_norm_eps": text.layer_norm_epsilon,
-            **tokens,
-        },
+        "text_config": hf_text_tower(model.text_config)
+        | {"model_type": "clip_text_model", "projection_dim": model.embed_dim}
+        | tokens,
     }
+
+
+def hf_clip_vision_config(config: VitConfig) -> dict[str, Any]:
+    """The config.json of a `CLIPVisionModel`, of which `vit_config` makes `config` again."""
+    return hf_vision_config(config, VISION_TYPE) | {"architectures": ["CLIPVisionModel"]}

@@ -1,4 +1,4 @@
-"""The Q-Former: the names of transformers' BLIP-2 and of LAVIS."""
+"""The Q-Former: the names of transformers' BLIP-2 and InstructBLIP, and of LAVIS."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class QFormerNames:
     heads: tuple[str, ...] = ()
 
 
+INSTRUCTBLIP = QFormerNames(
+    embedding_norm="qformer.embeddings.layernorm", embeddings="qformer.embeddings"
+)
 LAVIS = QFormerNames(
     layers="Qformer.bert.encoder.layer.",
     projections="self",
@@ -93,6 +96,8 @@ def _block(config: QFormerConfig, names: QFormerNames, ours: str, i: int) -> Ent
     return tuple(entries)
 
 
+BLIP2_TYPE, INSTRUCTBLIP_TYPE = "blip_2_qformer", "instructblip_qformer"
+
 _DEFAULTS = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -115,17 +120,20 @@ def qformer_config(hf: Mapping[str, Any], num_query_tokens: int) -> QFormerConfi
 
     Args:
       hf: the section of the config.json. Fields that it leaves out have the defaults of
-        transformers' `Blip2QFormerConfig`.
+        transformers' `Blip2QFormerConfig`; those of InstructBLIP's are the same, but for
+        `model_type`, by which its Q-Former has a text side.
       num_query_tokens: stands outside of that section.
 
     Raises:
       UserError: an activation other than the exact GELU.
     """
     fields = _DEFAULTS | dict(hf)
+    if fields.get("model_type") == INSTRUCTBLIP_TYPE:
+        fields["use_qformer_text_input"] = True
     if fields["hidden_act"] != "gelu":
         raise UserError(
-            f"qformer_config.hidden_act={fields['hidden_act']!r} is not covered, only 'gelu': every "
-            "published Q-Former has it."
+            f"qformer_config.hidden_act={fields['hidden_act']!r} is not covered, only 'gelu', "
+            "which every published Q-Former has."
         )
     return QFormerConfig(
         num_query_tokens=num_query_tokens,
@@ -144,10 +152,17 @@ def qformer_config(hf: Mapping[str, Any], num_query_tokens: int) -> QFormerConfi
     )
 
 
-def hf_qformer_config(config: QFormerConfig, vision_width: int) -> dict[str, Any]:
-    """The `qformer_config` of which `qformer_config` makes `config` again."""
-    return {
-        "model_type": "blip_2_qformer",
+def hf_qformer_config(
+    config: QFormerConfig, vision_width: int, model_type: str = BLIP2_TYPE
+) -> dict[str, Any]:
+    """The `qformer_config` of which `qformer_config` makes `config` again.
+
+    Args:
+      model_type: of the target class; that of InstructBLIP always has a text side, and so must
+        `config`.
+    """
+    fields = {
+        "model_type": model_type,
         "encoder_hidden_size": vision_width,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -161,5 +176,7 @@ def hf_qformer_config(config: QFormerConfig, vision_width: int) -> dict[str, Any
         "initializer_range": config.initializer_range,
         "layer_norm_eps": config.layer_norm_epsilon,
         "cross_attention_frequency": config.cross_attention_frequency,
-        "use_qformer_text_input": config.has_text,
     }
+    if model_type == BLIP2_TYPE:
+        fields["use_qformer_text_input"] = config.has_text
+    return fields

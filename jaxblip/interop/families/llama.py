@@ -1,4 +1,7 @@
-"""Language models of the LLaMA family from Hugging Face: the model config."""
+"""The LLaMA family: the names of transformers' LLaMA, Mistral, Qwen2 and Qwen3, which are the same.
+
+Alone (`LlamaForCausalLM` and its like), and as the language model of BLIP-2.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,65 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jaxblip.errors import UserError
+from jaxblip.interop.entries import (
+    Entries,
+    Layout,
+    embedding,
+    linear,
+    linear_from_heads,
+    rms_norm,
+)
 from jaxblip.models.llama import ROPE_TYPES, LlamaConfig
+
+# The rotary frequencies, which older versions of transformers saved with each layer.
+INVERSE_FREQUENCIES = r"(.*\.)?rotary_emb\.inv_freq"
+
+
+def llama_layout(config: LlamaConfig, ours: str = "") -> Layout:
+    """A checkpoint of `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2…` or `Qwen3ForCausalLM`.
+
+    Args:
+      ours: prefix of our paths, such as "language_model/".
+    """
+    return Layout(llama_entries(config, ours=ours), ignored=(INVERSE_FREQUENCIES,))
+
+
+def llama_entries(config: LlamaConfig, theirs: str = "", ours: str = "") -> Entries:
+    """The parameters of `LlamaLanguageModel`."""
+    at, head = f"{theirs}model", f"{theirs}lm_head"
+    entries = [
+        *embedding(
+            f"{at}.embed_tokens",
+            f"{ours}token_embedding",
+            aliases=(f"{head}.weight",) if config.tied_head else (),
+        ),
+        *rms_norm(f"{at}.norm", f"{ours}final_norm"),
+    ]
+    if not config.tied_head:
+        entries += linear(head, f"{ours}lm_head", bias=False)
+    for i in range(config.num_layers):
+        entries += _block(config, f"{at}.layers.{i}", f"{ours}layers", i)
+    return tuple(entries)
+
+
+def _block(config: LlamaConfig, theirs: str, ours: str, i: int) -> Entries:
+    attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+    entries = [
+        *rms_norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", i),
+        *linear(f"{attention}.q_proj", f"{ours}/attention/query", i, bias=config.qkv_bias),
+        *linear(f"{attention}.k_proj", f"{ours}/attention/key", i, bias=config.qkv_bias),
+        *linear(f"{attention}.v_proj", f"{ours}/attention/value", i, bias=config.qkv_bias),
+        *linear_from_heads(f"{attention}.o_proj", f"{ours}/attention/out", i, bias=config.out_bias),
+        *rms_norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm", i),
+        *linear(f"{mlp}.gate_proj", f"{ours}/mlp/gate", i, bias=config.mlp_bias),
+        *linear(f"{mlp}.up_proj", f"{ours}/mlp/up", i, bias=config.mlp_bias),
+        *linear(f"{mlp}.down_proj", f"{ours}/mlp/down", i, bias=config.mlp_bias),
+    ]
+    if config.qk_norm:
+        entries += rms_norm(f"{attention}.q_norm", f"{ours}/attention/query_norm", i)
+        entries += rms_norm(f"{attention}.k_norm", f"{ours}/attention/key_norm", i)
+    return tuple(entries)
+
 
 # What a config.json leaves out has the default of the checkpoint's own config class. Only sizes
 # without which there is no model must be there.
@@ -96,6 +157,82 @@ def llama_config(hf: Mapping[str, Any]) -> LlamaConfig:
         initializer_range=fields["initializer_range"],
         **_rope(fields),
     )
+
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_VARIANT = ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "sliding_window")
+
+
+def hf_llama_config(config: LlamaConfig, **tokens: int) -> dict[str, Any]:
+    """The config of the first of `ARCHITECTURES` that computes what `config` says.
+
+    `llama_config` makes `config` again, with the sizes written out for which it has 0.
+
+    Args:
+      tokens: ids that the model itself does not know: `bos_token_id`, `eos_token_id`,
+        `pad_token_id`.
+
+    Raises:
+      UserError: none of them does.
+    """
+    for model_type, architecture in ARCHITECTURES.items():
+        fields = _hf_fields(config, model_type)
+        again = llama_config(fields)
+        # Only the class of LLaMA insists on this, even where `head_dim` is given.
+        is_valid = model_type != "llama" or config.width % config.num_heads == 0
+        if is_valid and all(getattr(again, name) == getattr(config, name) for name in _VARIANT):
+            return fields | {"architectures": [architecture]} | tokens
+    variant = ", ".join(f"{name}={getattr(config, name)}" for name in _VARIANT)
+    raise UserError(
+        f"No class of {', '.join(ARCHITECTURES)} in transformers has {variant} with num_heads="
+        f"{config.num_heads} on width={config.width}: the model cannot be exported."
+    )
+
+
+def _hf_fields(config: LlamaConfig, model_type: str) -> dict[str, Any]:
+    """The config as `model_type` would say it; a class has no place for what it fixes.
+
+    Rotary embeddings stand as transformers 4 wrote them, which every version reads.
+    """
+    heads, kv_heads, head_width = config.attention_shape
+    fields = {
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_width,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_head,
+        "initializer_range": config.initializer_range,
+        "rope_theta": config.rope_theta,
+    }
+    if config.rope_type != "default":
+        fields["rope_scaling"] = {"rope_type": config.rope_type, "factor": config.rope_factor}
+    if config.rope_type == "llama3":
+        fields["rope_scaling"] |= {
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_positions,
+        }
+    if model_type in ("llama", "qwen3"):
+        fields["attention_bias"] = config.qkv_bias
+    if model_type == "llama":
+        fields["mlp_bias"] = config.mlp_bias
+    else:
+        fields["sliding_window"] = config.sliding_window or None
+    if model_type.startswith("qwen"):
+        fields |= {"use_sliding_window": config.sliding_window > 0, "max_window_layers": 0}
+    return fields
 
 
 def _sliding_window(fields: Mapping[str, Any]) -> int:

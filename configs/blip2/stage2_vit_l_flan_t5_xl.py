@@ -1,0 +1,8 @@
+"""BLIP-2 stage 2, CLIP ViT-L and FlanT5-XL, as in the paper; LAVIS has no recipe of it."""
+
+import recipes
+import sizes
+
+
+def get_config(arg=""):
+    return recipes.stage2_flan_t5(arg, vision=sizes.CLIP_VIT_L, language_model=sizes.FLAN_T5_XL)

@@ -1,0 +1,231 @@
+"""Generation with a decoder that looks at a source: the captions and the answers of BLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxblip.decoding.causal import reordered
+from jaxblip.decoding.search import DecodingConfig, run_search
+from jaxblip.errors import UserError
+from jaxblip.models.attention import causal_mask
+from jaxblip.models.blip import BlipCaptioner, BlipQuestionAnswering
+from jaxblip.models.layers import KeyValues, empty_cache
+from jaxblip.models.med import MedDecoder
+from jaxblip.models.opt import token_positions
+
+
+def generate_captions(
+    model: BlipCaptioner,
+    params: Any,
+    images: Float[Array, "batch height width 3"],
+    config: DecodingConfig,
+    prompt_ids: Int[Array, "batch prompt"] | None = None,
+    prompt_valid: Bool[Array, "batch prompt"] | None = None,
+    rng: jax.Array | None = None,
+) -> Int[Array, "batch new"]:
+    """A caption of each image, by the search that `config` asks for.
+
+    Pure, and compiled once for each shape of the input:
+    `jax.jit(generate_captions, static_argnames=("model", "config"))`.
+
+    Args:
+      params: of the model, without the collection's name.
+      images: normalised.
+      prompt_ids: tokens that the caption begins with, such as "a picture of" behind a first token
+        in whose place `[DEC]` stands; without a `[SEP]`. By default `[DEC]` alone.
+      prompt_valid: False at padding, which stands on the left; by default there is none.
+      rng: the key of all draws, where `config.sample`.
+
+    Returns:
+      int32 ids `[batch, config.max_new_tokens]`: the new tokens of a row (without the prompt) with
+      its stop token, if it came to one, then padding.
+
+    Raises:
+      UserError: when prompt and new tokens exceed the model's `max_positions`, and when sampling is
+        asked for without a random key.
+    """
+    features = model.apply({"params": params}, images, method="image_features")
+    if prompt_ids is None:
+        prompt_ids = jnp.zeros((len(images), 1), jnp.int32)
+    if prompt_valid is None:
+        prompt_valid = jnp.ones(prompt_ids.shape, bool)
+    # The first token of a row is behind its padding.
+    is_first = jnp.arange(prompt_ids.shape[1]) == jnp.argmax(prompt_valid, axis=1)[:, None]
+    prompt_ids = jnp.where(is_first, model.dec_token_id, prompt_ids)
+    decoder = CrossAttendingDecoder(MedDecoder(model.text_config, model.dtype), params["decoder"])
+    return _generate(decoder, features, None, prompt_ids, prompt_valid, config, rng)
+
+
+def generate_answers(
+    model: BlipQuestionAnswering,
+    params: Any,
+    images: Float[Array, "batch height width 3"],
+    question_ids: Int[Array, "batch text"],
+    question_valid: Bool[Array, "batch text"],
+    config: DecodingConfig,
+    rng: jax.Array | None = None,
+    *,
+    attend_to_padding: bool = False,
+) -> Int[Array, "batch new"]:
+    """An answer to each question on its image, by the search that `config` asks for.
+
+    Pure, and compiled once for each shape of the input:
+    `jax.jit(generate_answers, static_argnames=("model", "config", "attend_to_padding"))`.
+
+    Args:
+      params: of the model, without the collection's name.
+      images: normalised.
+      question_ids: with their `[CLS]` and `[SEP]`, padded on the right.
+      rng: the key of all draws, where `config.sample`.
+      attend_to_padding: let the decoder look at the padding of the questions, too, as BLIP's code
+        and transformers do when they generate (not when they train). An answer then depends on
+        how far the batch is padded.
+
+    Returns, Raises: as `generate_captions`.
+    """
+
+    def read(module):
+        return module.read_question(module.image_features(images), question_ids, question_valid)
+
+    question = model.apply({"params": params}, method=read)
+    start_ids = jnp.full((len(question_ids), 1), model.dec_token_id, jnp.int32)
+    decoder = CrossAttendingDecoder(MedDecoder(model.text_config, model.dtype), params["decoder"])
+    return _generate(
+        decoder,
+        question,
+        None if attend_to_padding else question_valid,
+        start_ids,
+        jnp.ones(start_ids.shape, bool),
+        config,
+        rng,
+    )
+
+
+def _generate(decoder, features, source_valid, prompt_ids, prompt_valid, config, rng):
+    logits, state = decoder.prefill(
+        features,
+        source_valid,
+        prompt_ids,
+        prompt_valid,
+        config.max_new_tokens,
+        copies=config.num_beams,
+    )
+    # In transformers, too, the prompt counts as said when repetitions are penalized.
+    said = jnp.where(prompt_valid, prompt_ids, -1)
+    return run_search(decoder, logits, state, config, rng=rng, prompt_ids=said)
+
+
+@flax.struct.dataclass
+class CrossAttendingState:
+    """What the decoder remembers of each row, and the sources that its rows look at.
+
+    Attributes:
+      cache: of prompt and new tokens, `[layers, rows, prompt + new - 1, heads, head_width]`: the
+        last new token is never read.
+      prompt_valid: which of the cache's first positions count.
+      source: `[layers, batch, tokens, heads, head_width]`; the rows (beams) of a source share it.
+      source_valid: None where a source has no padding.
+    """
+
+    cache: KeyValues
+    prompt_valid: Bool[Array, "rows prompt"]
+    source: KeyValues
+    source_valid: Bool[Array, "batch tokens"] | None
+
+    @property
+    def num_prompt(self) -> int:
+        return self.prompt_valid.shape[1]
+
+    @property
+    def num_new(self) -> int:
+        return self.cache.key.shape[2] - self.num_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossAttendingDecoder:
+    """A `MedDecoder` with its parameters, as the searches want it (`Decoder`)."""
+
+    model: MedDecoder
+    params: Any
+
+    def prefill(
+        self,
+        features: Float[Array, "batch tokens source_width"],
+        source_valid: Bool[Array, "batch tokens"] | None,
+        prompt_ids: Int[Array, "batch prompt"],
+        prompt_valid: Bool[Array, "batch prompt"],
+        max_new_tokens: int,
+        copies: int = 1,
+    ) -> tuple[Float[Array, "batch vocab"], CrossAttendingState]:
+        """Reads source and prompt once a row; `copies` adjacent rows of state for each.
+
+        Args:
+          features: what the decoder looks at: an image's tokens, or a question's states.
+
+        Returns:
+          The scores of the first new token, and the state of `batch * copies` rows.
+
+        Raises:
+          UserError: when prompt and new tokens exceed the model's `max_positions`.
+        """
+        batch, prompt = prompt_ids.shape
+        room = max_new_tokens - 1  # the last new token is never read
+        length, limit = prompt + room, self.model.config.max_positions
+        if length > limit:
+            raise UserError(
+                f"decoding max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens needs "
+                f"{length} positions, but the decoder has {limit}: lower max_new_tokens."
+            )
+        source = self._apply("read_source", features)
+        cache = empty_cache(self.model.config, batch, length, self.model.dtype)
+        state = CrossAttendingState(cache, prompt_valid, source, source_valid)
+        mask = jnp.pad(causal_mask(prompt_valid), ((0, 0), (0, 0), (0, 0), (0, room)))
+        hidden, cache = self._read(prompt_ids, token_positions(prompt_valid), mask, state, 0)
+        last_valid = prompt - 1 - jnp.argmax(prompt_valid[:, ::-1], axis=1)
+        hidden = jnp.take_along_axis(hidden, last_valid[:, None, None], axis=1)[:, 0]
+        cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache)
+        valid = jnp.repeat(prompt_valid, copies, axis=0)
+        return self._apply("logits", hidden), state.replace(cache=cache, prompt_valid=valid)
+
+    def step(
+        self, ids: Int[Array, " rows"], index: Int[Array, ""], state: CrossAttendingState
+    ) -> tuple[Float[Array, "rows vocab"], CrossAttendingState]:
+        """Reads new token number `index` (from 0) of each row; scores the one after it."""
+        new_valid = jnp.arange(state.num_new) <= index
+        new_valid = jnp.broadcast_to(new_valid, (ids.shape[0], state.num_new))
+        mask = jnp.concatenate([state.prompt_valid, new_valid], axis=1)[:, None, None, :]
+        positions = state.prompt_valid.sum(axis=1, keepdims=True) + index
+        place = state.num_prompt + index
+        hidden, cache = self._read(ids[:, None], positions, mask, state, place)
+        return self._apply("logits", hidden[:, 0]), state.replace(cache=cache)
+
+    def reorder(
+        self, state: CrossAttendingState, parents: Int[Array, "batch beams"]
+    ) -> CrossAttendingState:
+        """The state in which beam j of a row of the batch continues its former beam `parents[j]`.
+
+        Only the new tokens move: the beams of a row share their prompt, and their source.
+        """
+        return state.replace(cache=reordered(state.cache, parents, state.num_prompt))
+
+    def _read(self, ids, positions, mask, state, place):
+        """Hidden states of the tokens `ids`, which go to `place` of the cache, and the cache."""
+        return self._apply(
+            "__call__",
+            ids,
+            mask,
+            state.source,
+            state.source_valid,
+            positions=positions,
+            cache=state.cache,
+            cache_position=place,
+        )
+
+    def _apply(self, method, *inputs, **kwargs):
+        return self.model.apply({"params": self.params}, *inputs, method=method, **kwargs)

@@ -1,0 +1,223 @@
+"""`jaxblip convert`: published weights as a run, and a run as a folder of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from jaxblip.config import default_config
+from jaxblip.data import inputs
+from jaxblip.data.tokenizers import DEC_TOKEN, add_dec_token, load_tokenizer, save_tokenizer
+from jaxblip.errors import UserError
+from jaxblip.interop.export import export_run
+from jaxblip.interop.processors import find_image_processing
+from jaxblip.interop.published import Published, open_published
+from jaxblip.tasks import make_task
+from jaxblip.training.adopt import published_sections, tokenizer_or_error
+from jaxblip.training.checkpoints import FOLDER, save_config
+from jaxblip.training.initialize import abstract_params, random_params
+from jaxblip.training.piecewise import write_checkpoint
+from jaxblip.training.sources import CONVERTED_FILE, prefixes
+
+Params = dict[str, Any]
+
+DTYPES = ("float32", "bfloat16", "float16")
+CLIP_EPSILON = 1e-5  # that of the norm in the task `clip`
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    step: int | None = None,
+) -> list[str]:
+    """Writes weights in the other form: those of a run for transformers, all others as a run.
+
+    Memory is one layer at a time. `target` appears when all of it is written.
+
+    Args:
+      source: a run's work directory, or what `interop.files.open_weights` takes.
+      target: a folder that does not exist, or is empty.
+      dtype: of the weights, one of `DTYPES`; None keeps that of the source.
+      tokenizer: name or folder of the tokenizer, for weights that come without one.
+      step: of a run, by default the latest.
+
+    Returns:
+      What was done, in a few lines.
+
+    Raises:
+      UserError: the source cannot be read or has no place on the other side, or the target is not
+        empty.
+    """
+    begin = time.monotonic()
+    kind = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+    is_run = (Path(source) / FOLDER).is_dir()
+    if is_run and tokenizer:
+        raise UserError(f"{source!r} is a run and has a tokenizer: leave out --tokenizer.")
+    with _new_folder(target) as folder:
+        if is_run:
+            params, lines = export_run(source, folder, kind, step)
+        else:
+            params, lines = _import(source, folder, kind, tokenizer)
+    lines += _summary(params, kind)
+    return [*lines, f"Written to {target} in {time.monotonic() - begin:.1f} s."]
+
+
+def _import(
+    source: str, folder: Path, dtype: np.dtype | None, tokenizer_name: str | None
+) -> tuple[Params, list[str]]:
+    published = open_published(source)
+    _check_is_whole(published)
+    if tokenizer_name is None:
+        tokenizer = tokenizer_or_error(published)
+    else:
+        tokenizer = load_tokenizer(tokenizer_name)
+    config = published_config(published, tokenizer)
+    with config.unlocked():
+        config.compute_dtype = config.frozen_dtype = (dtype or _main_dtype(published)).name
+    task = make_task(config)
+    shapes, _ = abstract_params(task)
+    stored = flatten_dict(published.stored(published.own_dtypes(shapes), dtype), sep="/")
+    flat = flatten_dict(shapes, sep="/")
+    missing = {path: leaf for path, leaf in flat.items() if path not in stored}
+    random = flatten_dict(random_params(task, unflatten_dict(missing, sep="/")), sep="/")
+    random = {path: np.asarray(leaf, dtype or leaf.dtype) for path, leaf in random.items()}
+    params = unflatten_dict({path: (stored | random)[path] for path in flat}, sep="/")
+
+    write_checkpoint(folder / FOLDER, params)
+    save_tokenizer(tokenizer, folder / inputs.TOKENIZER_FOLDER)
+    save_config(folder, config.to_dict())
+    origin = {
+        "source": source,
+        "revision": published.weights.revision,
+        "class": published.name,
+        "resizing": published.resizing,
+    }
+    (folder / CONVERTED_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    lines = [f"{source} is a {published.name}: written as a run of the task {config.task}."]
+    if missing:
+        names = ", ".join(prefixes(missing, stored))
+        lines.append(f"It has no {names}: these parameters are random.")
+    processing = find_image_processing(published.weights.folder)
+    if processing is not None and (processing.resize != "square" or processing.crop_px):
+        lines.append(
+            "Its processor keeps the aspect of images and crops them; a run makes them square."
+        )
+    return params, lines
+
+
+def published_config(published: Published, tokenizer: Any) -> ConfigDict:
+    """The experiment config of a published model, nothing frozen; adds `[DEC]` to its tokenizer.
+
+    Raises:
+      UserError: no task has such a model, or the tokenizer is not its own.
+    """
+    sections = published_sections(published)
+    architecture = sections.get("language_model", {}).get("architecture", "opt")
+    config = default_config(published.task, language_model=architecture)
+    config.frozen = ()
+    model, data = config.model, config.data
+    for section, fields in sections.items():
+        model[section].update({k: v for k, v in fields.items() if k in model[section]})
+    model.update({name: value for name, value in published.fields.items() if name in model})
+    epsilon = published.fields.get("vision_norm_epsilon", CLIP_EPSILON)
+    if published.task == "clip" and epsilon != CLIP_EPSILON:
+        raise UserError(
+            f"{published.weights.source!r} norms its image features with epsilon {epsilon}; the "
+            f"task clip has {CLIP_EPSILON}, as every published CLIP."
+        )
+    limits = [data.max_text_tokens]
+    limits += [section.max_positions for section in _with_positions(model)]
+    if published.task == "stage2" and "max_positions" in model.language_model:
+        limits.append(model.language_model.max_positions - model.qformer.num_query_tokens)
+    data.max_text_tokens = min(limits)
+    if "vision" in model:
+        data.image_size_px = published.configs["vision"].image_size_px
+        processing = find_image_processing(published.weights.folder)
+        if processing is not None:
+            data.pixel_mean = tuple(map(float, processing.mean))
+            data.pixel_std = tuple(map(float, processing.std))
+    if published.task == "stage1":
+        add_dec_token(tokenizer)
+        model.dec_token_id = tokenizer.convert_tokens_to_ids(DEC_TOKEN)
+    if "language_model" in model:
+        data.stop_token = _stop_token(published, tokenizer)
+    return inputs.with_vocabulary(config, tokenizer).lock()
+
+
+def _with_positions(model: ConfigDict) -> Iterator[ConfigDict]:
+    for section in model.values():
+        if isinstance(section, ConfigDict) and "max_positions" in section:
+            yield section
+
+
+def _stop_token(published: Published, tokenizer: Any) -> str:
+    """The text of the token that ends a caption, where it is not the tokenizer's end token."""
+    fields = published.weights.config
+    stop = (fields.get("text_config") or fields).get("eos_token_id")
+    if not isinstance(stop, int) or stop == tokenizer.eos_token_id or stop >= len(tokenizer):
+        return ""
+    text = tokenizer.decode([stop])
+    is_one = tokenizer(text, add_special_tokens=False)["input_ids"] == [stop]
+    return text if text and is_one else ""
+
+
+def _check_is_whole(published: Published) -> None:
+    lacking = [name for name in ("vision",) if published.task == "stage1"]
+    if published.task and all(name in published.configs for name in lacking):
+        return
+    fields = [name for name in ("vision", "qformer") if name in published.configs]
+    what = "is one part of a model" if not published.task else "comes without its image encoder"
+    raise UserError(
+        f"{published.weights.source!r} ({published.name}) {what}, which is no run by itself: name "
+        f"it in {' or '.join(f'config.init.{name}' for name in fields)} of a training."
+    )
+
+
+def _main_dtype(published: Published) -> np.dtype:
+    """That of most of the values."""
+    sizes: dict[np.dtype, int] = {}
+    for info in published.weights.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + int(np.prod(info.shape))
+    dtype = max(sizes, key=sizes.__getitem__)
+    return dtype if dtype.name in DTYPES else np.dtype(np.float32)
+
+
+def _summary(params: Params, dtype: np.dtype | None) -> list[str]:
+    lines, total = [], 0
+    for part, tree in params.items():
+        leaves = jax.tree.leaves(tree)
+        size = sum(leaf.size for leaf in leaves)
+        dtypes = sorted({np.dtype(dtype or leaf.dtype).name for leaf in leaves})
+        lines.append(f"  {part:<18} {size:>14,} {', '.join(dtypes)}")
+        total += size
+    return [f"Parameters: {total:,}", *lines]
+
+
+@contextlib.contextmanager
+def _new_folder(target: str) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when all has gone well."""
+    path = Path(target).expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"The target {target!r} is there already: remove it, or name another one.")
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a conversion that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

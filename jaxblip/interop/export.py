@@ -1,0 +1,192 @@
+"""A run as a folder of transformers: the class that its task has there, tokenizer and processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from jaxblip.data import inputs
+from jaxblip.data.tokenizers import save_tokenizer
+from jaxblip.interop.entries import Layout
+from jaxblip.interop.families import blip2, clip, llama, opt, t5
+from jaxblip.interop.processors import IMAGE_TOKEN, ImageProcessing
+from jaxblip.interop.save import save_params
+from jaxblip.models.llama import LlamaConfig
+from jaxblip.models.opt import OptConfig
+from jaxblip.models.t5 import T5Config
+from jaxblip.tasks import Task, make_task
+from jaxblip.tasks.parts import language_model_config
+from jaxblip.training.checkpoints import (
+    FOLDER,
+    check_frozen,
+    load_frozen_references,
+    stored_fingerprint,
+)
+from jaxblip.training.initialize import abstract_params, random_params, stored_or_error
+from jaxblip.training.piecewise import InMemory, saved_params
+from jaxblip.training.restore import read_config
+from jaxblip.training.sources import prefixes
+
+Params = dict[str, Any]
+
+LANGUAGE_MODELS = {
+    OptConfig: (opt.opt_layout, opt.hf_opt_config),
+    LlamaConfig: (llama.llama_layout, llama.hf_llama_config),
+    T5Config: (t5.t5_layout, t5.hf_t5_config),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A class of transformers for a model.
+
+    Attributes:
+      layout: how it names the parameters.
+      config: its config.json.
+      notes: what it computes otherwise, a sentence each.
+      processor: its processor_config.json; empty where it reads text alone.
+    """
+
+    layout: Layout
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def export_run(
+    workdir: str, folder: Path, dtype: Any = None, step: int | None = None
+) -> tuple[Params, list[str]]:
+    """Writes the folder that `from_pretrained` loads.
+
+    Args:
+      workdir: of the run; its frozen parts come from their sources, and are checked.
+      dtype: of the weights; None keeps that of the run, or float32 where its parts differ.
+      step: which checkpoint, by default the latest.
+
+    Returns:
+      The parameters, unread, and what is to be said of them.
+
+    Raises:
+      UserError: the run cannot be read, or no class has its model.
+    """
+    config, step = read_config(workdir, step)
+    task, tokenizer = make_task(config), inputs.run_tokenizer(config, workdir, source=None)
+    params, notes = run_params(task, workdir, step)
+    target = _target(task, tokenizer)
+    if dtype is None:
+        dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    left = save_params(params, target.layout, folder, target.config, dtype=dtype)
+    save_tokenizer(tokenizer, folder)
+    if "vision" in config.model:
+        _write_processor(config, target, folder)
+    (name,) = target.config["architectures"]
+    if left:
+        kept = [path for path in flatten_dict(params, sep="/") if path not in left]
+        notes.append(f"{name} has no place for {', '.join(prefixes(left, kept))}: left behind.")
+    return params, [f"Written as {name}.", *notes, *target.notes]
+
+
+def run_params(task: Task, workdir: str, step: int) -> tuple[Params, list[str]]:
+    """All parameters of a run, trained and frozen, none of them read unless they are random.
+
+    Raises:
+      UserError: a frozen part is not the one that the run was trained with.
+    """
+    _, shapes = abstract_params(task)
+    stored = stored_or_error(task, shapes)
+    flat = flatten_dict(shapes, sep="/")
+    missing = {path: leaf for path, leaf in flat.items() if path not in stored.params}
+    random = flatten_dict(random_params(task, unflatten_dict(missing, sep="/")), sep="/")
+    random = {path: InMemory(np.asarray(leaf)) for path, leaf in random.items()}
+    frozen = unflatten_dict({path: (stored.params | random)[path] for path in flat}, sep="/")
+    references = {
+        part: stored.references[part] | {"fingerprint": stored_fingerprint(tree)}
+        for part, tree in frozen.items()
+    }
+    check_frozen(load_frozen_references(workdir, step), references, where=workdir)
+    trained = flatten_dict(saved_params(f"{workdir}/{FOLDER}/{step}"), sep="/")
+    params = unflatten_dict(trained | flatten_dict(frozen, sep="/"), sep="/")
+    lines = [
+        f"{source} has no {', '.join(lacking)}: random there, and here as well."
+        for source, lacking in stored.lacking.items()
+    ]
+    return params, lines
+
+
+def _target(task: Task, tokenizer: Any) -> Target:
+    """The class for the model of a task, and its tokenizer's ids; adds the image's placeholder."""
+    config, model = task.config, task.model
+    if config.task == "clip":
+        ids = _ids(tokenizer, inputs.text_encoder(config, tokenizer))
+        processor = {"processor_class": "CLIPProcessor"}
+        return Target(
+            clip.clip_layout(model), clip.hf_clip_config(model, **ids), processor=processor
+        )
+    if config.task == "stage1":
+        return Target(
+            blip2.blip2_retrieval_layout(model),
+            blip2.hf_blip2_retrieval_config(model),
+            blip2.export_notes(model),
+            {"processor_class": "Blip2Processor"},
+        )
+    language_model = language_model_config(config)
+    ids = _ids(tokenizer, inputs.text_encoder(config, tokenizer))
+    if config.task == "language_model":
+        layout, hf_config = LANGUAGE_MODELS[type(language_model)]
+        return Target(
+            layout(language_model, "language_model/"), hf_config(language_model, **ids)
+        )
+    model = model.clone(language_model_config=language_model)  # as it is when it trains
+    num_queries = model.qformer_config.num_query_tokens
+    image_token, notes = _image_token(tokenizer, language_model.vocab_size)
+    return Target(
+        blip2.blip2_layout(model),
+        blip2.hf_blip2_config(model, image_token_index=image_token, **ids),
+        (*blip2.export_notes(model), *notes),
+        {"processor_class": "Blip2Processor", "num_query_tokens": num_queries},
+    )
+
+
+def _ids(tokenizer: Any, encoder: Any) -> dict[str, int]:
+    """Ids of special tokens, as the run uses them."""
+    ids = {
+        "bos_token_id": encoder.start_id,
+        "eos_token_id": encoder.stop_id,
+        "pad_token_id": encoder.pad_id,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _image_token(tokenizer: Any, vocab_size: int) -> tuple[int | None, tuple[str, ...]]:
+    """The placeholder of a visual token, which transformers looks up like a word."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        if len(tokenizer) >= vocab_size:
+            note = (
+                f"The language model has no row left for the placeholder {IMAGE_TOKEN!r} that "
+                "transformers puts into a prompt: there, call model.resize_token_embeddings, and "
+                "set model.config.image_token_index."
+            )
+            return None, (note,)
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), ()
+
+
+def _write_processor(config: ConfigDict, target: Target, folder: Path) -> None:
+    data = config.data
+    processing = ImageProcessing(
+        data.image_size_px, mean=tuple(data.pixel_mean), std=tuple(data.pixel_std)
+    )
+    image = processing.to_hf() | {"processor_class": target.processor["processor_class"]}
+    files = {"preprocessor_config.json": image, "processor_config.json": target.processor}
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,318 @@
+"""Published checkpoints: what a file of weights is, in jaxblip's terms.
+
+The class in its config.json says which model it holds; the checkpoints of LAVIS, which have no
+config, are told by the names of their tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxblip.errors import UserError
+from jaxblip.interop.entries import Layout
+from jaxblip.interop.families.bert import bert_qformer_config, bert_qformer_layout, bert_weights
+from jaxblip.interop.families.blip2 import (
+    blip2_layout,
+    blip2_model,
+    blip2_retrieval_layout,
+    blip2_retrieval_model,
+    lavis_stage1_layout,
+)
+from jaxblip.interop.families.clip import VISION_TYPE as CLIP_VISION
+from jaxblip.interop.families.clip import clip_layout, clip_model, clip_vision_layout
+from jaxblip.interop.families.lavis import lavis_stage1_model
+from jaxblip.interop.families.llama import llama_config, llama_layout
+from jaxblip.interop.families.opt import opt_config, opt_layout
+from jaxblip.interop.families.siglip import VISION_TYPE as SIGLIP_VISION
+from jaxblip.interop.families.siglip import siglip_layout, siglip_model, siglip_vision_layout
+from jaxblip.interop.families.t5 import t5_config, t5_layout
+from jaxblip.interop.families.vision import vit_config
+from jaxblip.interop.files import TensorInfo, Weights, open_weights
+from jaxblip.interop.load import Params, stored_params
+from jaxblip.models.positions import interpolate_positions
+
+_DTYPE_OF_SIZE = {1: ml_dtypes.bfloat16, 8: np.float32}
+POSITIONS = "vision/position_embedding"
+LAVIS_STAGE1 = "LAVIS stage 1"
+BERT = "BertModel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published checkpoint.
+
+    Attributes:
+      name: the class of transformers that it is of, or `LAVIS_STAGE1`.
+      weights: its tensors, none of them read.
+      layout: where in the tree of a task they belong.
+      task: the task that has the model as a whole; "" where it is but a part of one.
+      configs: the model's configs, by section of `config.model`.
+      fields: what else it says of `config.model`: vision_norm_epsilon, embed_dim, dec_token_id.
+      tokenizer_of: section whose texts its tokenizer is for; "" where there is none.
+      resizing: how its table of positions is brought to another image size
+        (`models.positions.METHODS`).
+    """
+
+    name: str
+    weights: Weights
+    layout: Layout
+    task: str = ""
+    configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer_of: str = ""
+    resizing: str = "bicubic"
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The parameters that it has."""
+        return frozenset(slot.path for entry in self.layout.entries for slot in entry.ours)
+
+    def own_dtypes(self, shapes: Params) -> Params:
+        """`shapes` with the dtypes of the files: what is narrower than 16 bits becomes bfloat16.
+
+        Of the layers of a stack the first counts.
+        """
+        flat = flatten_dict(shapes, sep="/")
+        for entry in reversed(self.layout.entries):
+            name = next((name for name in entry.names if name in self.weights.tensors), None)
+            for slot in entry.ours if name else ():
+                if slot.path in flat:
+                    dtype = _DTYPE_OF_SIZE.get(self.weights.tensors[name].dtype.itemsize)
+                    dtype = dtype or self.weights.tensors[name].dtype
+                    flat[slot.path] = jax.ShapeDtypeStruct(flat[slot.path].shape, dtype)
+        return unflatten_dict(flat, sep="/")
+
+    def stored(self, shapes: Params, dtype: Any = None) -> Params:
+        """A `StoredParam` for each parameter of `shapes` that the checkpoint has.
+
+        Positions are resized to the image size of `shapes`, and of an encoder with fewer blocks
+        the first ones are taken.
+
+        Args:
+          shapes: parameters of a task, or some of them.
+          dtype: as in `interop.load.stored_params`.
+
+        Raises:
+          UserError: the checkpoint does not fit the shapes.
+        """
+        flat = flatten_dict(shapes, sep="/")
+        fitted = _from_bert(self, flat) if self.name in _BERTS else self
+        held = {path: leaf for path, leaf in flat.items() if path in fitted.paths}
+        weights = fitted.weights
+        if POSITIONS in held:
+            rows = held[POSITIONS].shape[0]
+            weights = _with_positions(fitted, rows)
+        return stored_params(weights, fitted.layout, unflatten_dict(held, sep="/"), dtype)
+
+
+def open_published(source: str | os.PathLike) -> Published:
+    """What `source` holds; its tensors stay unread.
+
+    Args:
+      source: as in `interop.files.open_weights`.
+
+    Raises:
+      UserError: there is nothing to read, or it holds no model of `PUBLISHED`.
+    """
+    weights = open_weights(source)
+    if "query_tokens" in weights.tensors and any(n.startswith("Qformer.") for n in weights.tensors):
+        return _lavis(weights)
+    names = [*(weights.config.get("architectures") or ()), weights.config.get("model_type", "")]
+    names = [_OF_MODEL_TYPE.get(name, name) for name in names if name]
+    for name in names:
+        if name in PUBLISHED:
+            return PUBLISHED[name](name, weights)
+    what = f"a {names[0]}" if names else "of no class that a config.json beside it names"
+    raise UserError(
+        f"{weights.source!r} is {what}, which jaxblip has no place for: it reads "
+        f"{', '.join(PUBLISHED)}, GGUF files, and the stage-1 .pth files of LAVIS."
+    )
+
+
+def _stage1(name: str, weights: Weights) -> Published:
+    model = blip2_retrieval_model(weights.config)
+    return Published(
+        name,
+        weights,
+        blip2_retrieval_layout(model),
+        "stage1",
+        _configs(model, "vision", "qformer"),
+        _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
+        tokenizer_of="qformer",
+    )
+
+
+def _lavis(weights: Weights) -> Published:
+    model, has_vision = lavis_stage1_model(weights)
+    layout = lavis_stage1_layout(model)
+    if not has_vision:
+        entries = [e for e in layout.entries if not e.ours[0].path.startswith("vision/")]
+        layout = dataclasses.replace(layout, entries=tuple(entries))
+    return Published(
+        LAVIS_STAGE1,
+        weights,
+        layout,
+        "stage1",
+        _configs(model, *(("vision",) if has_vision else ()), "qformer"),
+        _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
+        tokenizer_of="qformer",
+        resizing="bicubic_align_corners" if model.vision_config.pre_norm else "bicubic",
+    )
+
+
+def _stage2(name: str, weights: Weights) -> Published:
+    model = blip2_model(weights.config)
+    return Published(
+        name,
+        weights,
+        blip2_layout(model),
+        "stage2",
+        _configs(model, "vision", "qformer", "language_model"),
+        _fields(model, "vision_norm_epsilon"),
+        tokenizer_of="language_model",
+    )
+
+
+def _clip(name: str, weights: Weights) -> Published:
+    model = clip_model(weights.config)
+    return Published(
+        name,
+        weights,
+        clip_layout(model),
+        "clip",
+        _configs(model, "vision", "text"),
+        _fields(model, "vision_norm_epsilon", "embed_dim"),
+        tokenizer_of="text",
+    )
+
+
+def _siglip(name: str, weights: Weights) -> Published:
+    model = siglip_model(weights.config)
+    # No task has its text tower.
+    return Published(name, weights, siglip_layout(model), "", _configs(model, "vision"))
+
+
+def _vision(
+    model_type: str, layout: Callable[[Any], Layout], name: str, weights: Weights
+) -> Published:
+    config = vit_config({"model_type": model_type} | dict(weights.config))
+    return Published(name, weights, layout(config), "", {"vision": config})
+
+
+def _language_model(
+    read: Callable[[Mapping[str, Any]], Any],
+    layout: Callable[[Any, str], Layout],
+    name: str,
+    weights: Weights,
+) -> Published:
+    config = read(weights.config)
+    return Published(
+        name,
+        weights,
+        layout(config, "language_model/"),
+        "language_model",
+        {"language_model": config},
+        tokenizer_of="language_model",
+    )
+
+
+def _bert(name: str, weights: Weights) -> Published:
+    config = bert_qformer_config(weights.config)
+    layout = bert_qformer_layout(config)
+    return Published(name, weights, layout, "", {"qformer": config}, tokenizer_of="qformer")
+
+
+_BERTS = (BERT, "BertForMaskedLM", "BertForPreTraining")
+_LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# Everything that is read, by `architectures[0]` of its config.json.
+PUBLISHED: dict[str, Callable[[str, Weights], Published]] = {
+    "Blip2ForConditionalGeneration": _stage2,
+    "Blip2ForImageTextRetrieval": _stage1,
+    "CLIPModel": _clip,
+    "CLIPVisionModel": partial(_vision, CLIP_VISION, clip_vision_layout),
+    "SiglipModel": _siglip,
+    "SiglipVisionModel": partial(_vision, SIGLIP_VISION, siglip_vision_layout),
+    **dict.fromkeys(
+        ("OPTForCausalLM", "OPTModel"), partial(_language_model, opt_config, opt_layout)
+    ),
+    **dict.fromkeys(_LLAMAS, partial(_language_model, llama_config, llama_layout)),
+    "T5ForConditionalGeneration": partial(_language_model, t5_config, t5_layout),
+    **dict.fromkeys(_BERTS, _bert),
+}
+# What a config without `architectures` means, such as that of a GGUF file.
+_OF_MODEL_TYPE = {
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "opt": "OPTForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+    "bert": BERT,
+}
+
+
+def _configs(model: Any, *sections: str) -> dict[str, Any]:
+    return {section: getattr(model, f"{section}_config") for section in sections}
+
+
+def _fields(model: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in names}
+
+
+def _from_bert(published: Published, flat: Mapping[str, Any]) -> Published:
+    """BERT in the form of the Q-Former of these shapes."""
+    words = flat.get("qformer/text_embeddings/token_embedding/embedding")
+    blocks = {path.split("/")[2] for path in flat if path.startswith("qformer/groups/block_")}
+    config = dataclasses.replace(
+        published.configs["qformer"],
+        cross_attention_frequency=max(len(blocks), 1),
+        has_text=words is not None,
+    )
+    vocab_size = config.vocab_size if words is None else words.shape[0]
+    return dataclasses.replace(
+        published,
+        weights=bert_weights(published.weights, vocab_size),
+        layout=bert_qformer_layout(config),
+    )
+
+
+def _with_positions(published: Published, rows: int) -> Weights:
+    """The tensors, with a table of `rows` positions of the image encoder."""
+    weights, config = published.weights, published.configs["vision"]
+    entry = next(e for e in published.layout.entries if e.ours[0].path == POSITIONS)
+    name = next((name for name in entry.names if name in weights.tensors), None)
+    if name is None or rows == config.num_tokens:
+        return weights
+    info = weights.tensors[name]
+    has_class = int(config.has_cls_token)
+    side = math.isqrt(rows - has_class)
+    # Of another number than the config says, the check of shapes will speak.
+    if side**2 != rows - has_class or info.shape[-2] != config.num_tokens:
+        return weights
+    shape = (*info.shape[:-2], rows, info.shape[-1])
+
+    def read(which: str) -> np.ndarray:
+        tensor = weights.read(which)
+        if which != name:
+            return tensor
+        table = tensor.reshape(-1, tensor.shape[-1]).astype(np.float32)
+        side_from = math.isqrt(config.num_tokens - has_class)
+        return interpolate_positions(table, side_from, side, published.resizing).reshape(shape)
+
+    tensors = dict(weights.tensors) | {name: TensorInfo(shape, np.dtype(np.float32))}
+    return dataclasses.replace(weights, tensors=tensors, reader=read)

@@ -1,0 +1,287 @@
+"""What a run takes over from the published weights that it starts from, beside their values.
+
+These are the sizes of the model's parts, how pixels are normalised, and the tokenizer. Runs as
+sources give values only; what `jaxblip convert` wrote counts as published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxblip.config import default_config, overridden_fields
+from jaxblip.data.inputs import TOKENIZER_FOLDER
+from jaxblip.data.tokenizers import load_tokenizer
+from jaxblip.errors import UserError
+from jaxblip.interop.files import REPOSITORY
+from jaxblip.interop.processors import find_image_processing
+from jaxblip.interop.published import Published, open_published
+from jaxblip.interop.tokenizer import published_tokenizer
+from jaxblip.models.language_models import LANGUAGE_MODELS
+from jaxblip.tasks.parts import NOT_IN_CONFIG
+from jaxblip.training.checkpoints import CONFIG_FILE
+from jaxblip.training.sources import ALL, HUB, PARTS, is_converted, is_published
+
+# Fields that are choices of the training, not properties of weights.
+CHOICES = ("remat", "dropout", "hidden_dropout", "attention_dropout", "initializer_range")
+# The section whose texts a task's tokenizer is for.
+TOKENIZER_OF = {
+    "clip": "text",
+    "stage1": "qformer",
+    "stage2": "language_model",
+    "language_model": "language_model",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A config that fits its sources.
+
+    Attributes:
+      config: a copy, with revisions of repositories written out.
+      tokenizer: makes the tokenizer of the source that decides it; None where none does.
+      lines: what has changed in the config.
+    """
+
+    config: ConfigDict
+    tokenizer: Callable[[], Any] | None
+    lines: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What published weights say of a config.
+
+    Attributes:
+      name: for messages.
+      pinned: the source, with its revision.
+      task: that has the whole of it.
+      sections: fields by section of `config.model`; those that are choices may be among them.
+      fields: what else it says of `config.model`.
+      pixels: fields of `config.data`.
+      is_clip: an image encoder of CLIP whose last block BLIP-2 leaves out.
+      tokenizer_of: section that its tokenizer belongs to.
+      tokenizer: makes it.
+    """
+
+    name: str
+    pinned: str
+    task: str
+    sections: Mapping[str, Mapping[str, Any]]
+    fields: Mapping[str, Any]
+    pixels: Mapping[str, Any]
+    is_clip: bool
+    tokenizer_of: str
+    tokenizer: Callable[[], Any]
+
+
+def adopt_sources(config: ConfigDict) -> Adopted:
+    """The config with the sizes of the published weights that `config.init` names.
+
+    Raises:
+      UserError: a source cannot be read or lacks the part that it is named for, or a field that
+        was set on the command line says otherwise.
+    """
+    overridden = overridden_fields(config)
+    config = config.copy_and_resolve_references()
+    owner = TOKENIZER_OF[config.task]
+    tokenizer, lines = None, []
+    for field in (ALL, *PARTS):  # what is named for a part counts more
+        name = config.init.get(field, "")
+        if not is_published(name) and not is_converted(name):
+            continue
+        source = _describe(name)
+        with config.unlocked():
+            config.init[field] = source.pinned
+            lines += _adopt(config, field, source, overridden)
+        decides = owner == field or (field == ALL and not config.init.get(owner, ""))
+        if decides and source.tokenizer_of == owner:
+            tokenizer = source.tokenizer
+    return Adopted(config.lock(), tokenizer, lines)
+
+
+def _adopt(
+    config: ConfigDict, field: str, source: _Source, overridden: frozenset[str]
+) -> list[str]:
+    model, lines = config.model, []
+    is_whole = field == ALL and source.task == config.task
+    if field == ALL:
+        sections = [name for name in source.sections if name in PARTS or is_whole]
+        sections = [name for name in sections if name in model and not config.init.get(name, "")]
+    else:
+        sections = [field]
+        if field not in source.sections:
+            raise UserError(
+                f"config.init.{field} names {source.name}, which has no {field}: it has "
+                f"{', '.join(source.sections)}."
+            )
+    for section in sections:
+        changed, line = _adopt_section(config, section, source, overridden)
+        if changed:
+            lines.append(f"config.model.{section} has the sizes of {source.name}.{line}")
+    # The norm is trained with the Q-Former, and its vocabulary has [DEC].
+    of_qformer = ("vision_norm_epsilon", "dec_token_id") if "qformer" in sections else ()
+    for name, value in source.fields.items():
+        if name in model and (is_whole or name in of_qformer):
+            _set(model, name, value, "model", source, overridden)
+    if "vision" in sections:
+        for name, value in source.pixels.items():
+            if _set(config.data, name, value, "data", source, overridden):
+                lines.append(f"config.data.{name} is that of {source.name}: {value}.")
+    return lines
+
+
+def _adopt_section(
+    config: ConfigDict, section: str, source: _Source, overridden: frozenset[str]
+) -> tuple[bool, str]:
+    """Replaces a section; whether that changed anything, and a remark."""
+    ours, theirs, line = config.model[section], dict(source.sections[section]), ""
+    architecture = ours.get("architecture")
+    is_other = theirs.get("architecture", architecture) != architecture
+    if not is_other:  # else the fields are others, too
+        theirs = {name: value for name, value in theirs.items() if name in ours}
+    theirs |= {name: ours[name] for name in CHOICES if name in theirs and name in ours}
+    if section == "vision":
+        theirs["num_layers"], line = _num_layers(config, source, overridden)
+    result = ConfigDict(theirs if is_other else dict(ours) | theirs)
+    changed = result.to_dict() != ours.to_dict()
+    for name, value in result.items():
+        if name in ours:
+            _check(ours[name], value, f"model.{section}.{name}", source, overridden)
+    config.model[section] = result
+    if is_other:
+        _fit_architecture(config)
+    return changed, line
+
+
+def _num_layers(
+    config: ConfigDict, source: _Source, overridden: frozenset[str]
+) -> tuple[int, str]:
+    """Blocks of the image encoder: the config may have fewer than the source, the first ones."""
+    given, there = config.model.vision.num_layers, source.sections["vision"]["num_layers"]
+    is_given = "model.vision.num_layers" in overridden or (
+        given != default_config(config.task).model.vision.num_layers
+    )
+    if is_given and given < there:
+        return given, f" Of its {there} blocks the first {given} are used."
+    if not is_given and source.is_clip and config.task in ("stage1", "stage2"):
+        return there - 1, (
+            f" Its last block of {there} is left out, as in BLIP-2 (paper §3.1); "
+            f"--config.model.vision.num_layers={there} keeps it."
+        )
+    return there, ""
+
+
+def _fit_architecture(config: ConfigDict) -> None:
+    """Fields that only language models with an encoder have."""
+    kind = config.model.language_model.architecture
+    like = default_config(config.task, language_model=kind)
+    for section, field in (("data", "max_input_tokens"), ("loss", "prefix_lm")):
+        if field not in like[section] and field in config[section]:
+            del config[section][field]
+        elif field in like[section] and field not in config[section]:
+            config[section][field] = like[section][field]
+
+
+def _set(
+    owner: ConfigDict,
+    name: str,
+    value: Any,
+    section: str,
+    source: _Source,
+    overridden: frozenset[str],
+) -> bool:
+    """Sets a field; whether it was another value."""
+    before = owner[name]
+    _check(before, value, f"{section}.{name}", source, overridden)
+    owner[name] = value
+    return before != value
+
+
+def _check(
+    ours: Any, theirs: Any, name: str, source: _Source, overridden: frozenset[str]
+) -> None:
+    if name in overridden and ours != theirs:
+        raise UserError(
+            f"--config.{name}={ours} disagrees with {source.name}, which has {theirs}: leave it "
+            "out, or name another source in config.init."
+        )
+
+
+def _describe(name: str) -> _Source:
+    return _converted(name) if is_converted(name) else _published(name)
+
+
+def _published(name: str) -> _Source:
+    published = open_published(name)
+    pinned, revision = name, published.weights.revision
+    if revision:
+        pinned = f"{HUB}{REPOSITORY.fullmatch(name.removeprefix(HUB))['name']}@{revision}"
+    processing = find_image_processing(published.weights.folder)
+    pixels = {} if processing is None or "vision" not in published.configs else {
+        "pixel_mean": tuple(map(float, processing.mean)),
+        "pixel_std": tuple(map(float, processing.std)),
+    }  # fmt: skip
+    return _Source(
+        f"{name!r} ({published.name})",
+        pinned,
+        published.task,
+        published_sections(published),
+        published.fields,
+        pixels,
+        published.name in ("CLIPModel", "CLIPVisionModel"),
+        published.tokenizer_of,
+        lambda: tokenizer_or_error(published),
+    )
+
+
+def _converted(name: str) -> _Source:
+    saved = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
+    model, task = saved["model"], saved["task"]
+    return _Source(
+        repr(name),
+        name,
+        task,
+        {section: fields for section, fields in model.items() if isinstance(fields, dict)},
+        {field: value for field, value in model.items() if not isinstance(value, dict)},
+        {field: tuple(saved["data"][field]) for field in ("pixel_mean", "pixel_std")},
+        task == "clip",
+        TOKENIZER_OF[task],
+        lambda: load_tokenizer(str(Path(name) / TOKENIZER_FOLDER)),
+    )
+
+
+def published_sections(published: Published) -> dict[str, dict[str, Any]]:
+    """The fields that published weights decide, by section of `config.model`."""
+    sections = {name: dataclasses.asdict(config) for name, config in published.configs.items()}
+    for name, fields in sections.items():
+        for field in NOT_IN_CONFIG:
+            fields.pop(field, None)
+        for architecture, (kind, _) in LANGUAGE_MODELS.items():
+            if type(published.configs[name]) is kind:
+                sections[name] = {"architecture": architecture} | fields
+    qformer = published.configs.get("qformer")
+    unknown = ()
+    if qformer is not None and not qformer.has_text:
+        unknown = ("vocab_size", "max_positions")
+    elif qformer is not None and published.task == "":  # BERT
+        unknown = ("num_query_tokens", "cross_attention_frequency")
+    for field in unknown:
+        del sections["qformer"][field]
+    return sections
+
+
+def tokenizer_or_error(published: Published) -> Any:
+    """The tokenizer of published weights; UserError where there is none."""
+    tokenizer = published_tokenizer(published)
+    if tokenizer is None:
+        raise UserError(
+            f"{published.weights.source!r} has no tokenizer beside its weights: name one in "
+            "data.tokenizer, or in --tokenizer of `jaxblip convert`."
+        )
+    return tokenizer

@@ -1,0 +1,185 @@
+"""What a language model with an encoder is given: captions divided for a prefix LM."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxblip.config import default_config
+from jaxblip.data import inputs
+from jaxblip.data.pipeline import Preprocess, TrainBatches, input_tokens
+from jaxblip.data.shapes import ShapesSource
+from jaxblip.data.tokenizers import train_wordpiece
+
+SOURCE = ShapesSource("train", 24, size=40)
+CAPTIONS = [caption for i in range(len(SOURCE)) for caption in SOURCE[i]["captions"]]
+FIELDS = ("text_ids", "text_mask", "input_ids", "input_mask")
+PROMPT = "a photo of "
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece([PROMPT + caption for caption in CAPTIONS], 300)
+
+
+def make_config(task="stage2", language_model="t5", **data):
+    config = default_config(task, language_model=language_model)
+    config.data.update(num_workers=0, max_text_tokens=LENGTH, **data)
+    if language_model == "t5":
+        config.data.max_input_tokens = LENGTH
+    config.batch_size = 20
+    return config
+
+
+def take(config, tokenizer, number=10, fields=FIELDS, position=None):
+    with inputs.train_batches(config, fields, SOURCE, tokenizer, (0, 1), position) as batches:
+        return list(itertools.islice(batches, number))
+
+
+def rows(batches):
+    return {field: np.concatenate([b[field] for b in batches]) for field in batches[0]}
+
+
+def texts(tokenizer, batch, part):
+    """The words of each row; the end token must be there, once and last."""
+    found = []
+    for ids, mask in zip(batch[f"{part}_ids"], batch[f"{part}_mask"], strict=True):
+        tokens = ids[mask].tolist()
+        assert tokens[-1] == tokenizer.sep_token_id
+        assert not set(tokens[:-1]) & {tokenizer.sep_token_id, tokenizer.cls_token_id}
+        assert (ids[~mask] == tokenizer.pad_token_id).all()
+        found.append(tokenizer.decode(tokens[:-1]))
+    return found
+
+
+def test_a_caption_is_divided_at_a_random_word(tokenizer):
+    batch = rows(take(make_config(), tokenizer))
+    before, behind = (texts(tokenizer, batch, part) for part in ("input", "text"))
+    shares = []
+    for first, rest in zip(before, behind, strict=True):
+        assert f"{first} {rest}".strip() in CAPTIONS and rest
+        count = len(first.split())
+        shares.append(count / (count + len(rest.split())))
+    # Every place from before the first word to before the last one.
+    assert min(shares) == 0 and max(shares) >= 0.75
+    assert 0.3 < np.mean(shares) < 0.5 and len(set(shares)) > 5
+    assert 10 < shares.count(0) < 60  # of 200
+
+
+def test_the_encoder_reads_the_prompt_as_well(tokenizer):
+    batch = rows(take(make_config(prompt=PROMPT), tokenizer))
+    before, behind = (texts(tokenizer, batch, part) for part in ("input", "text"))
+    for first, rest in zip(before, behind, strict=True):
+        assert first.startswith("a photo of")
+        assert f"{first} {rest}".removeprefix(PROMPT) in CAPTIONS
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_without_prefix_lm_the_encoder_reads_the_prompt_alone(tokenizer, prompt):
+    config = make_config(prompt=prompt)
+    config.loss.prefix_lm = False
+    batch = rows(take(config, tokenizer, 2))
+    assert set(texts(tokenizer, batch, "text")) <= set(CAPTIONS)
+    encoder = inputs.text_encoder(config, tokenizer)
+    expected = inputs.prompt_ids(config, encoder)  # what generation begins with
+    assert expected[-1] == tokenizer.sep_token_id
+    for ids, mask in zip(batch["input_ids"], batch["input_mask"], strict=True):
+        assert ids[mask].tolist() == expected
+
+
+def test_the_division_belongs_to_the_example(tokenizer):
+    """Whatever the workers, and wherever the run begins."""
+    config = make_config()
+    straight = take(config, tokenizer, 6)
+    config.data.num_workers = 2
+    position = {"examples_seen": 40}
+    others = straight[:2] + take(config, tokenizer, 4, position=position)
+    for one, other in zip(straight, others, strict=True):
+        for field in FIELDS:
+            np.testing.assert_array_equal(one[field], other[field])
+    config.seed += 1
+    assert not np.array_equal(take(config, tokenizer, 1)[0]["input_ids"], straight[0]["input_ids"])
+
+
+def test_a_caption_is_divided_anew_in_each_epoch(tokenizer):
+    one = ShapesSource("train", 24, size=1)
+    with inputs.train_batches(
+        make_config(), FIELDS, one, tokenizer, (0, 1), None
+    ) as batches:
+        batch = next(batches)
+    assert len(set(map(bytes, batch["input_ids"]))) > 4
+
+
+def test_captions_that_follow_each_other_are_divided_together(tokenizer):
+    config = make_config("language_model", captions_per_text=2, max_words=4)
+    config.data.max_text_tokens = config.data.max_input_tokens = 64
+    encoder = inputs.text_encoder(config, tokenizer)
+    cut = [" ".join(caption.split(" ")[:4]) for caption in CAPTIONS]
+    seen = set()
+    for batch in take(config, tokenizer, 5):
+        for row in range(config.batch_size):
+            before, behind = (
+                batch[f"{part}_ids"][row][batch[f"{part}_mask"][row]].tolist()
+                for part in ("input", "text")
+            )
+            end = encoder.stop_id
+            assert before[-1] == behind[-1] == end
+            whole = [before.count(end), behind.count(end)]
+            # Two captions: the first divided, or its words with their end before the second's.
+            assert whole in ([1, 2], [1, 1], [2, 1])
+            words = tokenizer.decode(before, skip_special_tokens=True).split()
+            words += tokenizer.decode(behind, skip_special_tokens=True).split()
+            assert any(" ".join(words).startswith(caption) for caption in cut)
+            seen.add(tuple(whole))
+    assert {(1, 2), (2, 1)} <= seen
+
+
+def test_a_long_input_keeps_what_is_next_to_the_text(tokenizer):
+    config = make_config()
+    encoder = inputs.text_encoder(config, tokenizer)
+    whole = input_tokens(encoder, [CAPTIONS[0]], 100)
+    assert input_tokens(encoder, [CAPTIONS[0]], 3) == whole[-3:]
+    assert input_tokens(encoder, [""], 3) == input_tokens(encoder, [" "], 3) == [encoder.stop_id]
+    assert input_tokens(encoder, [CAPTIONS[0], ""], 100) == whole
+
+
+def test_only_a_model_without_encoder_has_a_beginning_in_its_text(tokenizer):
+    for language_model, start in (("opt", tokenizer.cls_token_id), ("t5", None)):
+        config = make_config(language_model=language_model, prompt=PROMPT)
+        encoder = inputs.text_encoder(config, tokenizer)
+        ids, _ = encoder.row(["a"])
+        assert encoder.start_id == start and (start in ids) == (start is not None)
+        prompt = inputs.prompt_ids(config, encoder)
+        assert (prompt[0] == start) == (start is not None)
+        assert (prompt[-1] == encoder.stop_id) == (start is None)
+
+
+def test_the_decoder_starts_with_the_padding_token(tokenizer):
+    config = make_config()
+    assert config.model.language_model.start_token_id == -1
+    filled = inputs.with_vocabulary(config, tokenizer).model.language_model
+    assert filled.start_token_id == tokenizer.pad_token_id
+    assert filled.vocab_size == len(tokenizer)
+    config.model.language_model.start_token_id = 3
+    assert inputs.with_vocabulary(config, tokenizer).model.language_model.start_token_id == 3
+
+
+def test_dividing_needs_an_encoder():
+    with pytest.raises(ValueError, match="need an encoder"):
+        Preprocess(("input_ids",))
+
+
+def test_what_is_not_divided_is_drawn_as_before(tokenizer):
+    """The generator of an example gives the same images and captions to the other models."""
+    config = make_config(language_model="opt")
+    batch = take(config, tokenizer, 1, fields=("text_ids", "image"))[0]
+    preprocess = Preprocess(
+        ("text_ids", "image"), encoder=inputs.text_encoder(config, tokenizer), image_size_px=224
+    )
+    with TrainBatches(SOURCE, preprocess, batch_size=20, seed=config.seed) as batches:
+        expected = next(batches)
+    for field, array in expected.items():
+        np.testing.assert_array_equal(batch[field], array)

@@ -1,0 +1,133 @@
+"""Runs over each kind of language model, from training to a caption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxblip.cli import main
+from jaxblip.config import load_config
+from jaxblip.data import inputs
+from jaxblip.evaluation.verbs import evaluate, generate
+from jaxblip.training.loop import train
+from tiny_tasks import fast_jit
+
+CONFIG = """
+from jaxblip.config import default_config
+
+def get_config(arg=""):
+    task, language_model = arg.split("-")
+    config = default_config(task, language_model=language_model)
+    config.compute_dtype = config.frozen_dtype = "float32"
+    config.steps, config.batch_size, config.log_every_steps = 2, 8, 1
+    config.optimizer.warmup_steps = 1
+    config.data.train = "shapes:train"
+    config.data.num_workers, config.data.image_size_px = 0, 24
+    config.data.pixel_mean = config.data.pixel_std = (0.5, 0.5, 0.5)
+    config.data.prompt = "a picture of "
+    config.eval.max_images, config.eval.batch_size = 8, 8
+    sizes = dict(width=16, num_layers=1, num_heads=2, mlp_width=24)
+    config.model.language_model.update(sizes)
+    if language_model == "t5":
+        config.model.language_model.update(num_decoder_layers=1, head_width=8)
+    if task == "stage2":
+        config.model.vision.update(patch_size_px=12, **sizes)
+        config.model.qformer.update(
+            num_query_tokens=4, cross_attention_frequency=1, hidden_dropout=0.0,
+            attention_dropout=0.0, **sizes,
+        )
+        config.init.vision = config.init.language_model = "random"
+        config.eval.num_beams, config.eval.max_new_tokens = 1, 5
+    return config
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Trains `task-language_model` and returns the work directory."""
+    monkeypatch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
+    monkeypatch.setattr(jax, "jit", fast_jit)
+
+    def trained(which):
+        (tmp_path / "config.py").write_text(CONFIG)
+        train(load_config(f"{tmp_path / 'config.py'}:{which}"), str(tmp_path / "run"))
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["model"]["language_model"]["architecture"] == which.partition("-")[2]
+        return str(tmp_path / "run"), config
+
+    return trained
+
+
+@pytest.mark.parametrize("language_model", ["llama", "t5"])
+def test_a_run_of_stage2_writes_captions(run, language_model, tmp_path, capsys):
+    workdir, config = run(f"stage2-{language_model}")
+    assert config["data"]["pixel_mean"] == [0.5, 0.5, 0.5]
+    assert config["model"]["language_model"].get("start_token_id", 0) == 0  # [PAD], no longer -1
+    pictures = [str(tmp_path / f"{shade}.png") for shade in (90, 180)]
+    for path in pictures:
+        shade = int(Path(path).stem)
+        Image.fromarray(np.full((30, 30, 3), shade, np.uint8)).save(path)
+    captions = generate(workdir, pictures)
+    assert [path for path, _ in captions] == pictures
+    assert all(isinstance(caption, str) for _, caption in captions)
+    verb = ["generate", f"--checkpoint={workdir}", "--image", pictures[0]]
+    capsys.readouterr()
+    if language_model == "llama":
+        (tmp_path / "texts.txt").write_text("a red circle\n\na blue square\nnothing\n")
+        assert main([*verb, f"--candidates={tmp_path / 'texts.txt'}", "--question=what?"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix(f"{pictures[0]}: ").split(" ", 1) for line in lines]
+        assert {text for _, text in found} == {"a red circle", "a blue square", "nothing"}
+        probabilities = [float(probability) for probability, _ in found]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-3)
+    if language_model == "t5":
+        assert main([*verb, "--stream", "--num-beams=1"]) == 0
+        assert capsys.readouterr().out == f"{pictures[0]}: {captions[0][1]}\n"
+        assert main([*verb, "--num-captions=3", "--question=what?", "--max-new-tokens=4"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and all(line.startswith(f"{pictures[0]}:") for line in lines)
+        metrics = evaluate(workdir, ["config.eval.source=shapes:heldout"])
+        assert {"caption_exact", "bleu4"} <= metrics.keys()
+        lines = (Path(workdir) / "predictions.jsonl").read_text().splitlines()
+        assert len(lines) == 8
+
+
+def test_a_t5_learns_language_alone(run):
+    workdir, _ = run("language_model-t5")
+    metrics = evaluate(workdir, ["config.eval.source=shapes:heldout"])
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
+
+
+BAD_ARGUMENTS = {
+    "--num-captions=3 --num-beams=5": "num_captions=3 and num_beams=5 exclude each other",
+    "--sample --num-beams=5": "sample=True and num_beams=5 exclude each other",
+    "--candidates=a,b --stream": "nothing to stream",
+    "--candidates=a,b --max-new-tokens=5": "max_new_tokens=5 has no effect",
+    "--candidates=no_such_file.txt": "candidates='no_such_file.txt' are 1 text(s)",
+    "--stream --num-beams=5": "num_beams=5 cannot be streamed",
+    "--stream --num-captions=2": "num_captions=2 cannot be streamed",
+    "--context=rain": "A context stands before a question",
+    "--top-p=0.9": "top_p=0.9 is about sampling",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
+def test_arguments_that_exclude_each_other(arguments, capfd):
+    # The run does not exist, but that is not looked at before.
+    assert main(["generate", "--checkpoint=no/run", "--image=a.png", *arguments.split()]) == 2
+    message = capfd.readouterr().err
+    assert BAD_ARGUMENTS[arguments] in message
+    assert message.startswith("jaxblip: error: ") and message.count("\n") == 1
+
+
+def test_the_help_of_generate_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    assert "--candidates=\"a cat,a dog,a cow\"" in shown and "--max-new-tokens" in shown

@@ -1,0 +1,347 @@
+"""`jaxblip convert`: published weights become a run that computes the same, and come back whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from published_folders import MEAN, STD, pixels, publish, random_model, tokenizer_of
+from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, read_all, same_bits, shapes_of
+from tiny_tasks import fast_jit
+
+from jaxblip.cli import main
+from jaxblip.config import default_config
+from jaxblip.errors import UserError
+from jaxblip.interop.convert import convert
+from jaxblip.interop.families.blip2 import lavis_stage1_layout
+from jaxblip.models.blip2 import Blip2Stage1
+from jaxblip.models.qformer import QFormerConfig
+from jaxblip.models.vit import VitConfig
+from jaxblip.training.checkpoints import load_params
+from jaxblip.training.initialize import frozen_params, initial_trainable
+from jaxblip.training.loop import train
+from jaxblip.training.restore import load_run
+from jaxblip.training.setup import prepare
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (2, 8, 8, 3), np.uint8)
+IDS, INPUT = RNG.integers(3, IMAGE_TOKEN, (2, TEXT)), RNG.integers(3, IMAGE_TOKEN, (2, 4))
+VALID = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
+INPUT_VALID = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+MESH = ["config.mesh.data=1", "config.mesh.fsdp=4", "config.mesh.tensor=2"]
+
+
+@pytest.fixture(autouse=True)
+def fast_compilation(monkeypatch):
+    monkeypatch.setattr(jax, "jit", fast_jit)
+
+
+def run_of(folder):
+    """The run in a folder, on a mesh that divides its parameters."""
+    run = load_run(str(folder), MESH)
+    assert run.frozen == {} and run.step == 0
+    return run
+
+
+def compute(run, *inputs, method=None):
+    function = fast_jit(lambda params: run.task.apply(params, *inputs, method=method))
+    return jax.tree.map(np.asarray, function(run.params))
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def blip2_logits(reference, is_encoder_decoder):
+    text, valid = (INPUT, INPUT_VALID) if is_encoder_decoder else (IDS, VALID)
+    prefix = np.full((2, QUERIES), IMAGE_TOKEN)
+    mask = np.concatenate([prefix > 0, valid], axis=1)
+    logits = reference(
+        pixel_values=pixels(IMAGES),
+        input_ids=torch.tensor(np.concatenate([prefix, text], axis=1)),
+        attention_mask=torch.tensor(mask).long(),
+        labels=torch.tensor(IDS) if is_encoder_decoder else None,
+    ).logits
+    return logits if is_encoder_decoder else logits[:, QUERIES - 1 : -1]
+
+
+def back(run_folder, folder, original, *left):
+    """Exports a run; transformers must find the bits of the original and nothing else."""
+    lines = "\n".join(convert(str(run_folder), str(folder)))
+    assert all(part in lines for part in left)
+    same_bits(folder, original)
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_blip2(language_model, tmp_path):
+    name, is_t5 = "Blip2ForConditionalGeneration", language_model == "t5"
+    reference = publish(tmp_path / "hf", name, language_model)
+    lines = "\n".join(convert(str(tmp_path / "hf"), str(tmp_path / "run")))
+    assert f"{name}: written as a run of the task stage2" in lines and "float32" in lines
+    run = run_of(tmp_path / "run")
+    data = run.task.config.data
+    assert (data.image_size_px, data.pixel_mean, data.pixel_std) == (8, MEAN, STD)
+    images = run.task.normalize_images(jnp.asarray(IMAGES))
+    expected = blip2_logits(reference, is_t5)
+    logits = compute(run, images, IDS, VALID, *((INPUT, INPUT_VALID) if is_t5 else ()))
+    assert_close(logits[VALID], expected[torch.tensor(VALID)])
+
+    again = back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+    assert again.config.image_token_index == IMAGE_TOKEN
+    np.testing.assert_array_equal(blip2_logits(again, is_t5), expected)
+    processor = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert processor.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+
+
+def test_retrieval(tmp_path):
+    reference = publish(tmp_path / "hf", "Blip2ForImageTextRetrieval")
+    lines = "\n".join(convert(str(tmp_path / "hf"), str(tmp_path / "run")))
+    assert "It has no temperature, itg_head" in lines or "itg_head, temperature" in lines
+    run = run_of(tmp_path / "run")
+    assert run.task.config.model.dec_token_id == WORDS - 1
+    ids = np.clip(IDS, 5, WORDS - 2)
+    matched = compute_match(run, ids)
+    with torch.no_grad():
+        expected = reference(
+            pixel_values=pixels(IMAGES),
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(VALID).long(),
+            use_image_text_matching_head=True,
+        ).logits_per_image
+    assert_close(matched, expected)
+    back(tmp_path / "run", tmp_path / "again", tmp_path / "hf", "itg_head", "left behind")
+
+
+def compute_match(run, ids):
+    def match(params):
+        features = run.task.image_features(params, jnp.asarray(IMAGES))
+        image = run.task.apply(params, features, method="read_image")
+        return run.task.apply(params, image, ids, VALID, method="match")
+
+    return np.asarray(fast_jit(match)(run.params))
+
+
+def test_clip(tmp_path):
+    reference = publish(tmp_path / "hf", "CLIPModel")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    run = run_of(tmp_path / "run")
+    ids = np.where(VALID, IDS, 1)
+    ids[[0, 1], [4, 2]] = 12  # the end token
+    images = run.task.normalize_images(jnp.asarray(IMAGES))
+    image, text = compute(run, images, ids, VALID)
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor(ids), pixel_values=pixels(IMAGES))
+    assert_close(image, expected.image_embeds)
+    assert_close(text, expected.text_embeds)
+    again = back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+    assert again.config.text_config.eos_token_id == 12
+
+
+def test_t5(tmp_path):
+    reference = publish(tmp_path / "hf", "T5ForConditionalGeneration")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    logits = compute(run_of(tmp_path / "run"), IDS, VALID, INPUT, INPUT_VALID)
+    with torch.no_grad():
+        expected = reference(
+            input_ids=torch.tensor(INPUT),
+            attention_mask=torch.tensor(INPUT_VALID).long(),
+            labels=torch.tensor(IDS),
+        ).logits
+    assert_close(logits, expected)
+    back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "OPTForCausalLM"])
+def test_language_model(name, tmp_path):
+    reference = publish(tmp_path / "hf", name)
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    assert_same_language(reference, run_of(tmp_path / "run"))
+    again = back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+    assert (again.config.eos_token_id, again.config.pad_token_id) == (2, 1)
+
+
+def assert_same_language(reference, run):
+    logits = compute(run, IDS, np.ones_like(VALID))
+    with torch.no_grad():
+        assert_close(logits, reference(torch.tensor(IDS)).logits)
+
+
+def test_gguf(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    from test_gguf import gguf, write
+
+    reference = random_model("LlamaForCausalLM")
+    file, target = tmp_path / "tiny.gguf", str(tmp_path / "run")
+    write(file, reference, gguf.GGMLQuantizationType.F16)
+    tokenizer_of("llama").save_pretrained(tmp_path / "tokenizer")
+    # Matrices are of 16 bits there, norms of 32; a run may have both.
+    lines = convert(str(file), target, tokenizer=str(tmp_path / "tokenizer"), dtype="float32")
+    assert "language_model" in "\n".join(lines)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.half().float())
+    assert_same_language(reference, run_of(tmp_path / "run"))
+
+
+def lavis_state(model):
+    """A stage-1 `.pth` with the sizes and the names of LAVIS, every value its own."""
+    layout, generator = lavis_stage1_layout(model), np.random.default_rng(0)
+    ids, valid = jnp.zeros((1, 3), int), jnp.ones((1, 3), bool)
+    flat = flatten_dict(shapes_of(model, jnp.zeros((1, 8, 8, 3)), ids, valid), sep="/")
+    state = {}
+    for entry in layout.entries:
+        shape = entry.their_shape([slot.shape(flat[slot.path].shape) for slot in entry.ours])
+        state[entry.theirs] = torch.tensor(generator.normal(0, 0.1, shape).astype(np.float32))
+    return state
+
+
+@pytest.mark.parametrize("encoder", ["eva", "clip"])
+def test_lavis(encoder, tmp_path):
+    is_clip = encoder == "clip"
+    vision = VitConfig(
+        image_size_px=8, patch_size_px=4, width=128 if is_clip else 176, num_layers=2,
+        num_heads=2, mlp_width=24, pre_norm=is_clip, patch_bias=not is_clip, key_bias=is_clip,
+        activation="quick_gelu" if is_clip else "gelu",
+        layer_norm_epsilon=1e-5 if is_clip else 1e-6,
+    )  # fmt: skip
+    qformer = QFormerConfig(
+        num_query_tokens=3, width=128, num_layers=2, num_heads=2, mlp_width=24, vocab_size=WORDS,
+        max_positions=8,
+    )  # fmt: skip
+    model = Blip2Stage1(vision, qformer, dec_token_id=WORDS - 1, embed_dim=8)
+    state = lavis_state(model)
+    torch.save({"model": state}, tmp_path / "stage1.pth")
+    tokenizer_of("bert").save_pretrained(tmp_path / "bert")
+    convert(str(tmp_path / "stage1.pth"), str(tmp_path / "run"), tokenizer=str(tmp_path / "bert"))
+    run = run_of(tmp_path / "run")
+    assert run.task.model == model.clone(parent=None)
+    assert run.task.config.model.vision_norm_epsilon == 1e-5
+    np.testing.assert_array_equal(run.params["temperature"], state["temp"].numpy())
+    np.testing.assert_array_equal(
+        run.params["qformer"]["query_tokens"], state["query_tokens"][0].numpy()
+    )
+    if not is_clip:  # transformers has no BLIP-2 with CLIP's encoder
+        lines = "\n".join(convert(str(tmp_path / "run"), str(tmp_path / "hf")))
+        assert "epsilon 1e-06, not with 1e-05" in lines and "itg_head" in lines
+
+
+def test_a_converted_run_is_a_source_and_nothing_to_go_on_with(tmp_path):
+    publish(tmp_path / "hf", "Blip2ForConditionalGeneration")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    config = tiny_stage2(all=tmp_path / "run")
+    with pytest.raises(UserError, match="no state of a training"):
+        prepare(config, str(tmp_path / "run"))
+    setup = prepare(config, str(tmp_path / "other"))
+    assert len(setup.tokenizer) == setup.config.model.language_model.vocab_size
+    frozen, references = frozen_params(setup.task, setup.mesh)
+    params = initial_trainable(setup.task, setup.mesh) | frozen
+    saved = load_params(tmp_path / "run")
+    for path, leaf in flatten_dict(params).items():
+        expected = flatten_dict(saved)[path]
+        np.testing.assert_array_equal(leaf, expected.astype(leaf.dtype))
+    assert references["vision"] | {"fingerprint": ""} == {
+        "source": str(tmp_path / "run"), "revision": "0", "fingerprint": "",
+    }  # fmt: skip
+
+
+def test_dtype(tmp_path):
+    publish(tmp_path / "hf", "OPTForCausalLM")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"), dtype="bfloat16")
+    run = run_of(tmp_path / "run")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(run.params)} == {"bfloat16"}
+    assert run.task.config.compute_dtype == "bfloat16"
+    convert(str(tmp_path / "run"), str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+    convert(str(tmp_path / "run"), str(tmp_path / "wide"), dtype="float32")
+    theirs, wide = read_all(tmp_path / "hf"), read_all(tmp_path / "wide")
+    for key, tensor in wide.items():
+        assert torch.equal(tensor, theirs[key].bfloat16().float()), key
+
+
+def test_a_trained_run_with_frozen_parts(tmp_path):
+    """Frozen parts come from their sources, as they were in the run: here in bfloat16."""
+    publish(tmp_path / "hf", "Blip2ForConditionalGeneration")
+    config = tiny_stage2(all=tmp_path / "hf")
+    train(config, str(tmp_path / "run"))
+    lines = "\n".join(convert(str(tmp_path / "run"), str(tmp_path / "out")))
+    assert "Written as Blip2ForConditionalGeneration" in lines
+    theirs, ours = read_all(tmp_path / "hf"), read_all(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    for key, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        is_frozen = key.startswith(("vision_model.e", "language_model."))
+        assert torch.equal(tensor, theirs[key].bfloat16().float()) == is_frozen, key
+    # The source is not what it was: the export says so.
+    random_model("Blip2ForConditionalGeneration", seed=1).save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="frozen part 'language_model'"):
+        convert(str(tmp_path / "run"), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def tiny_stage2(**init):
+    config = default_config("stage2")
+    config.steps, config.batch_size, config.optimizer.warmup_steps = 1, 8, 0
+    config.data.train, config.data.num_workers = "shapes:train", 0
+    config.data.image_size_px, config.data.max_text_tokens = 8, 6
+    config.optimizer.peak_lr = 0.1
+    config.init.update({part: str(source) for part, source in init.items()})
+    return config.lock()
+
+
+def failing(tmp_path, arguments, capfd):
+    capfd.readouterr()
+    assert main(["convert", *(f"--{name}={value}" for name, value in arguments.items())]) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("jaxblip: error: ")
+    assert not list(tmp_path.glob(".*.new"))
+    return message
+
+
+def test_errors(tmp_path, capfd):
+    target = {"to": tmp_path / "target"}
+    (tmp_path / "empty").mkdir()
+    assert "no model.safetensors" in failing(tmp_path, {"from": tmp_path / "empty"} | target, capfd)
+
+    publish(tmp_path / "clip", "CLIPVisionModel")
+    message = failing(tmp_path, {"from": tmp_path / "clip"} | target, capfd)
+    assert "one part of a model" in message and "config.init.vision" in message
+
+    config = json.loads((tmp_path / "clip/config.json").read_text())
+    config |= {"architectures": ["FlavaModel"], "model_type": "flava"}
+    (tmp_path / "clip/config.json").write_text(json.dumps(config))
+    message = failing(tmp_path, {"from": tmp_path / "clip"} | target, capfd)
+    assert "a FlavaModel" in message and message.count("\n") == 1
+    assert "CLIPModel, CLIPVisionModel" in message
+
+    message = failing(tmp_path, {"from": "hf:no/such-model"} | target, capfd)
+    assert "'no/such-model' could not be read" in message and "without network" in message
+    torch.save({"model": {"a": torch.zeros(2)}, "args": main}, tmp_path / "code.pth")
+    message = failing(tmp_path, {"from": tmp_path / "code.pth"} | target, capfd)
+    assert "would run code" in message and message.count("\n") == 1
+
+    publish(tmp_path / "opt", "OPTForCausalLM")
+    full = {"to": tmp_path / "opt", "from": tmp_path / "opt"}
+    assert "is there already" in failing(tmp_path, full, capfd)
+    for file in (*tmp_path.glob("opt/tok*"), *tmp_path.glob("opt/special*")):
+        file.unlink()
+    message = failing(tmp_path, {"from": tmp_path / "opt"} | target, capfd)
+    assert "has no tokenizer" in message and "--tokenizer" in message
+    config = json.loads((tmp_path / "opt/config.json").read_text()) | {"ffn_dim": 30}
+    (tmp_path / "opt/config.json").write_text(json.dumps(config))
+    tokenizer_of("opt").save_pretrained(tmp_path / "tokenizer")
+    arguments = {"from": tmp_path / "opt", "tokenizer": tmp_path / "tokenizer"} | target
+    assert "Of another shape" in failing(tmp_path, arguments, capfd)
+    assert not (tmp_path / "target").exists()

@@ -1,0 +1,145 @@
+"""Folders as they are published: tiny weights of transformers, a tokenizer, a processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxblip.interop.processors import ImageProcessing
+from reference import randomized
+from reference_t5 import VARIANTS, with_own_head
+from tiny_checkpoints import (
+    CLIP_TEXT,
+    IMAGE_TOKEN,
+    OPT,
+    QFORMER,
+    QUERIES,
+    VISION,
+    VOCAB,
+    WORDS,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+LLAMA = dict(
+    model_type="llama", vocab_size=VOCAB, hidden_size=16, intermediate_size=24,
+    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, bos_token_id=0,
+    eos_token_id=2, pad_token_id=1, max_position_embeddings=32,
+)  # fmt: skip
+T5 = dict(
+    model_type="t5", vocab_size=VOCAB, d_model=16, d_kv=6, d_ff=24, num_layers=2,
+    num_decoder_layers=3, num_heads=4, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
+    **VARIANTS["blip2"],
+)  # fmt: skip
+BERT = dict(
+    vocab_size=WORDS - 1, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+    intermediate_size=24, max_position_embeddings=8,
+)  # fmt: skip
+LANGUAGE_MODELS = {"opt": OPT, "llama": LLAMA, "t5": T5}
+OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def tokenizer(size: int, first: list[str], last: list[str] = (), **special) -> None:
+    """A tokenizer of whole words: `first`, as many words as are lacking, `last`."""
+    words = [f"w{i}" for i in range(size - len(first) - len(last))]
+    vocabulary = {word: i for i, word in enumerate([*first, *words, *last])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def tokenizer_of(name: str):
+    """That of a kind of model: bert, clip, t5, or a language model."""
+    if name == "bert":
+        return tokenizer(
+            WORDS - 1, OF_BERT, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+            sep_token="[SEP]", mask_token="[MASK]",
+        )  # fmt: skip
+    if name == "clip":
+        return tokenizer(
+            VOCAB, ["<s>", "<pad>", "<unk>"], ["</s>"], bos_token="<s>", eos_token="</s>",
+            pad_token="<pad>", unk_token="<unk>",
+        )  # fmt: skip
+    first = ["<pad>", "</s>", "<unk>"] if name == "t5" else ["<s>", "<pad>", "</s>", "<unk>"]
+    special = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    if name != "t5":
+        special["bos_token"] = "<s>"
+    return tokenizer(VOCAB, first, ["<image>"], **special)
+
+
+def random_model(
+    name: str, language_model: str = "opt", vision: dict | None = None, seed: int = 0
+):
+    """A tiny model of the transformers class `name`, with every parameter random."""
+    vision = VISION | (vision or {})
+    if name == "CLIPModel":
+        config = transformers.CLIPConfig(
+            vision_config=vision, text_config=CLIP_TEXT, projection_dim=8
+        )
+    elif name == "CLIPVisionModel":
+        config = transformers.CLIPVisionConfig(**vision)
+    elif name == "SiglipVisionModel":
+        config = transformers.SiglipVisionConfig(**vision)
+    elif name == "BertModel":
+        config = transformers.BertConfig(**BERT)
+    elif name.startswith("Blip2"):
+        retrieval = name == "Blip2ForImageTextRetrieval"
+        config = transformers.Blip2Config(
+            vision_config=vision,
+            qformer_config=QFORMER | dict(use_qformer_text_input=retrieval),
+            text_config=LANGUAGE_MODELS[language_model],
+            image_token_index=None if retrieval else IMAGE_TOKEN,
+            num_query_tokens=QUERIES,
+            image_text_hidden_size=8,
+        )
+    else:
+        kind = {"OPTForCausalLM": "opt", "LlamaForCausalLM": "llama"}.get(name, "t5")
+        fields = dict(LANGUAGE_MODELS[kind])
+        config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = getattr(transformers, name)(config)
+    if "T5" in name or (name.startswith("Blip2For") and language_model == "t5"):
+        with_own_head(getattr(model, "language_model", model))
+    model = randomized(model, seed, scale=0.2)
+    with torch.no_grad():
+        for parameter, value in model.named_parameters():
+            if parameter.endswith("qkv.bias"):  # published checkpoints have no key bias
+                value[len(value) // 3 : 2 * len(value) // 3] = 0
+    return model
+
+
+KINDS = {
+    "Blip2ForImageTextRetrieval": "bert",
+    "BertModel": "bert",
+    "CLIPModel": "clip",
+    "OPTForCausalLM": "opt",
+    "LlamaForCausalLM": "llama",
+    "T5ForConditionalGeneration": "t5",
+}
+
+
+def publish(folder: Path, name: str, language_model: str = "opt", **fields):
+    """The model, and `folder` with all that belongs to it."""
+    model = random_model(name, language_model, **fields)
+    model.save_pretrained(folder)
+    kind = language_model if name == "Blip2ForConditionalGeneration" else KINDS.get(name)
+    if kind:
+        made = tokenizer_of(kind)
+        if name == "Blip2ForImageTextRetrieval":
+            made.add_tokens(["[DEC]"], special_tokens=True)
+        made.save_pretrained(folder)
+    if hasattr(model.config, "vision_config") or "Vision" in name:
+        size = getattr(model.config, "vision_config", model.config).image_size
+        content = ImageProcessing(size, mean=MEAN, std=STD).to_hf()
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    return model
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 images `[batch, height, width, 3]` as the processor of `publish` has them."""
+    normal = ImageProcessing(images.shape[1], mean=MEAN, std=STD).normalize(images)
+    return torch.tensor(normal.transpose(0, 3, 1, 2).copy())
