@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 import jaxblip
-from jaxblip.api import Decoding, Model, read_image
+from jaxblip.api import Decoding, Model
 from jaxblip.config import default_config
 from jaxblip.data import inputs
+from jaxblip.data.user_images import read_image
 from jaxblip.errors import UserError
 from jaxblip.sharding import make_mesh
 from jaxblip.tasks import make_task
@@ -217,9 +218,12 @@ def test_ranking_is_that_of_one_candidate_at_a_time(model, monkeypatch):
 def test_an_image_is_encoded_once_for_all_questions(model, monkeypatch):
     encoded = []
     encode = model._text._encode
-    monkeypatch.setattr(
-        model._text, "_encode", lambda *a: encoded.append(len(np.unique(a[1], axis=0))) or encode(*a)
-    )
+
+    def counted(params, images):
+        encoded.append(len(np.unique(images, axis=0)))
+        return encode(params, images)
+
+    monkeypatch.setattr(model._text, "_encode", counted)
     (image,) = pictures(1)
     questions = ["what is left?", "what is right?", "what is it?"]
     assert len(model.answer(image, questions)) == 3
@@ -243,7 +247,8 @@ def test_images_of_every_form(tmp_path):
     pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
     path = tmp_path / "a.png"
     Image.fromarray(pixels).save(path)
-    for image in (path, str(path), path.read_bytes(), Image.open(path), pixels, Image.fromarray(pixels)):
+    picture = Image.fromarray(pixels)
+    for image in (path, str(path), path.read_bytes(), Image.open(path), pixels, picture):
         np.testing.assert_array_equal(read_image(image, 10**6), pixels)
     clear = np.concatenate([pixels, np.zeros((20, 30, 1), np.uint8)], axis=2)
     for image in (clear, Image.fromarray(clear), Image.fromarray(clear).convert("RGBa")):
@@ -263,16 +268,21 @@ BAD_CALLS = {
     "float pixels": (lambda m: m.caption(np.zeros((8, 8, 3))), "float64 and shape (8, 8, 3)"),
     "no images": (lambda m: m.caption([]), "empty"),
     "beams and samples": (
-        lambda m: m.caption(pictures(1), num_captions=3, num_beams=2), "num_captions=3 and num_beams=2",
+        lambda m: m.caption(pictures(1), num_captions=3, num_beams=2),
+        "num_captions=3 and num_beams=2",
     ),
     "several without samples": (
         lambda m: m.caption(pictures(1), num_captions=3, sample=False), "set sample to True",
     ),
-    "temperature of a search": (lambda m: m.caption(pictures(1), temperature=2.0), "temperature=2.0"),
+    "temperature of a search": (
+        lambda m: m.caption(pictures(1), temperature=2.0), "temperature=2.0",
+    ),
     "too few tokens": (lambda m: m.caption(pictures(1), max_new_tokens=0), "max_new_tokens=0"),
     "top_p": (lambda m: m.caption(pictures(1), sample=True, top_p=1.5), "top_p=1.5"),
     "seed": (lambda m: m.caption(pictures(1), seed=-1), "seed=-1"),
-    "a beam stream": (lambda m: m.stream(pictures(1)[0], num_beams=4), "num_beams=4 cannot be streamed"),
+    "a beam stream": (
+        lambda m: m.stream(pictures(1)[0], num_beams=4), "num_beams=4 cannot be streamed",
+    ),
     "a stream of many": (lambda m: m.stream(pictures(2)), "one at a time"),
     "a prompt without its place": (
         lambda m: m.answer(pictures(1), "why?", prompt="Q:"), "'Q:' has it 0 times",
@@ -317,7 +327,7 @@ def test_stage1_embeds_and_matches(models):
     assert probabilities.shape == (2, 3) and ((0 < probabilities) & (probabilities < 1)).all()
     swapped = model.match(images[::-1], texts[::-1])
     np.testing.assert_allclose(swapped[::-1, ::-1], probabilities, rtol=1e-4)
-    with pytest.raises(UserError, match="task 'stage1', which has no `caption`: name a run of stage2"):
+    with pytest.raises(UserError, match="'stage1', which has no `caption`: name a run of stage2"):
         model.caption(images)
 
 

@@ -187,7 +187,7 @@ def test_the_prefix_is_visual_tokens_and_prompt(name):
 
     @fast_jit
     def both(params):
-        prefix = model.apply({"params": params}, IMAGES, prompt_ids, method="prefix")
+        prefix, _ = model.apply({"params": params}, IMAGES, prompt_ids, method="prefix")
         return prefix, model.apply({"params": params}, IMAGES, method="visual_tokens")
 
     prefix, visual = both(params)
@@ -270,7 +270,7 @@ def test_logits_and_prefix_are_about_the_instruction():
             model.apply(given, *inputs(t5_config()), **instruction),
         )
 
-    (prefix, logits), (_, without) = run(instruction), run({})
+    ((prefix, _), logits), (_, without) = run(instruction), run({})
     expected = visual_tokens(INSTRUCTION_IDS, INSTRUCTION_VALID)
     np.testing.assert_allclose(prefix[:, :QUERIES], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(logits - without).max() > 1e-3
