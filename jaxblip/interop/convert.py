@@ -87,7 +87,9 @@ def _import(
         tokenizer = load_tokenizer(tokenizer_name)
     config = published_config(published, tokenizer)
     with config.unlocked():
-        config.compute_dtype = config.frozen_dtype = (dtype or _main_dtype(published)).name
+        is_full = (dtype or _main_dtype(published)) == np.float32
+        # Not float16, which models that were trained in bfloat16 overflow.
+        config.compute_dtype = config.frozen_dtype = "float32" if is_full else "bfloat16"
     task = make_task(config)
     shapes, _ = abstract_params(task)
     stored = flatten_dict(published.stored(published.own_dtypes(shapes), dtype), sep="/")
@@ -192,8 +194,7 @@ def _main_dtype(published: Published) -> np.dtype:
     sizes: dict[np.dtype, int] = {}
     for info in published.weights.tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + int(np.prod(info.shape))
-    dtype = max(sizes, key=sizes.__getitem__)
-    return dtype if dtype.name in DTYPES else np.dtype(np.float32)
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _summary(params: Params, dtype: np.dtype | None) -> list[str]:
