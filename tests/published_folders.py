@@ -8,10 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from jaxblip.interop.processors import ImageProcessing
 from reference import randomized
 from reference_t5 import VARIANTS, with_own_head
 from tiny_checkpoints import (
@@ -24,6 +20,10 @@ from tiny_checkpoints import (
     VOCAB,
     WORDS,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxblip.interop.processors import ImageProcessing
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 LLAMA = dict(
@@ -44,7 +44,7 @@ LANGUAGE_MODELS = {"opt": OPT, "llama": LLAMA, "t5": T5}
 OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def tokenizer(size: int, first: list[str], last: list[str] = (), **special) -> None:
+def tokenizer(size: int, first: list[str], last: list[str] = (), **special):
     """A tokenizer of whole words: `first`, as many words as are lacking, `last`."""
     words = [f"w{i}" for i in range(size - len(first) - len(last))]
     vocabulary = {word: i for i, word in enumerate([*first, *words, *last])}

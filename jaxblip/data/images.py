@@ -57,7 +57,7 @@ def decode_image(data: bytes, max_pixels: int, conversions: Counter | None = Non
         raise BadSample(reason, str(error)) from error
     if png16:  # Pillow has already dropped the low bytes
         counted["converted 16-bit"] += 1
-    image = _to_rgb(image, counted)
+    image = to_rgb(image, counted)
     if orientation in range(2, 9):
         counted["rotated by EXIF"] += 1
         image.getexif()[_EXIF_ORIENTATION] = orientation  # conversion may have dropped it
@@ -65,7 +65,7 @@ def decode_image(data: bytes, max_pixels: int, conversions: Counter | None = Non
     return np.asarray(image)
 
 
-def _to_rgb(image: Image.Image, counted: Counter) -> Image.Image:
+def to_rgb(image: Image.Image, counted: Counter) -> Image.Image:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image  # Pillow would copy it, which costs more than decoding

@@ -190,7 +190,7 @@ def _token_by_token(
     ids = jnp.full((batch, config.max_new_tokens), config.pad_token_id, jnp.int32)
 
     def choose(ids, stopped, index, logits):
-        token = pick(_process(logits, ids, index, config, prompt_ids), index)
+        token = pick(process_scores(logits, ids, index, config, prompt_ids), index)
         token = jnp.where(stopped, config.pad_token_id, token).astype(jnp.int32)
         stopped |= token == config.stop_token_id
         return ids.at[:, index].set(token), stopped, index + 1
@@ -314,7 +314,7 @@ def _extend(
     """One token more for the running beams."""
     batch, beams, vocab = logits.shape
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_probs = _process(log_probs, search.running.ids, search.index, config, prompt_ids)
+    log_probs = process_scores(log_probs, search.running.ids, search.index, config, prompt_ids)
     total = (search.running.score[:, :, None] + log_probs).reshape(batch, -1)
     # At most one continuation a beam stops, so of twice as many at least `beams` go on.
     score, flat = jax.lax.top_k(total, 2 * beams)
@@ -350,7 +350,7 @@ def _take(x: Array, places: Int[Array, "batch count"]) -> Array:
     return jnp.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _process(
+def process_scores(
     scores: Float[Array, "*rows vocab"],
     ids: Int[Array, "*rows new"],
     index: Int[Array, ""],

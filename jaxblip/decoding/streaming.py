@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.decoding.causal import CausalDecoder
 from jaxblip.decoding.encoder_decoder import EncoderDecoder
-from jaxblip.decoding.search import DecodingConfig, _process, sampling_logits
+from jaxblip.decoding.search import DecodingConfig, process_scores, sampling_logits
 from jaxblip.errors import UserError
 
 _UNSETTLED_END = re.compile("[\\s\ufffd]+$")  # U+FFFD stands for a character whose bytes lack some
@@ -95,7 +95,7 @@ def _decoder(language_model, params):
 
 def _append(logits, stream: Stream, config: DecodingConfig, rng) -> Stream:
     """The stream with the token that `greedy_search`, or `sample_search`, takes here."""
-    scores = _process(logits, stream.ids, stream.index, config, stream.said_ids)
+    scores = process_scores(logits, stream.ids, stream.index, config, stream.said_ids)
     if config.sample:
         key = jax.random.fold_in(rng, stream.index)
         token = jax.random.categorical(key, sampling_logits(scores, config))

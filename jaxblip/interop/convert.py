@@ -63,6 +63,8 @@ def convert(
         empty.
     """
     begin = time.monotonic()
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}: choose one.")
     kind = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
     is_run = (Path(source) / FOLDER).is_dir()
     if is_run and tokenizer:
@@ -87,7 +89,7 @@ def _import(
         tokenizer = load_tokenizer(tokenizer_name)
     config = published_config(published, tokenizer)
     with config.unlocked():
-        is_full = (dtype or _main_dtype(published)) == np.float32
+        is_full = (dtype or _main_dtype(published)).itemsize >= 4
         # Not float16, which models that were trained in bfloat16 overflow.
         config.compute_dtype = config.frozen_dtype = "float32" if is_full else "bfloat16"
     task = make_task(config)

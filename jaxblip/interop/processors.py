@@ -84,7 +84,7 @@ class ImageProcessing:
         Raises:
           jaxblip.data.samples.BadSample: the pixels are of a type that is no picture.
         """
-        rgb = images._to_rgb(image, Counter())
+        rgb = images.to_rgb(image, Counter())
         width, height = size = rgb.size
         if self.resize == "square":
             size = (self.size_px, self.size_px)

@@ -70,7 +70,7 @@ class Published:
     configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer_of: str = ""
-    resizing: str = "bicubic_align_corners"
+    resizing: str = "bicubic"
 
     @property
     def paths(self) -> frozenset[str]:

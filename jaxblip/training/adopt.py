@@ -170,7 +170,7 @@ def _num_layers(
     if is_given and given < there:
         return given, f" Of its {there} blocks the first {given} are used."
     if not is_given and source.is_clip and config.task in ("stage1", "stage2"):
-        return there, (
+        return there - 1, (
             f" Its last block of {there} is left out, as in BLIP-2 (paper §3.1); "
             f"--config.model.vision.num_layers={there} keeps it."
         )

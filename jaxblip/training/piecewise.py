@@ -181,4 +181,4 @@ class _PiecewiseHandler(type_handlers.NumpyHandler):
                 await store.write(value[()])
                 return
             for layer in range(value.shape[0]):
-                await store[layer].write(value[0])
+                await store[layer].write(value[layer])
