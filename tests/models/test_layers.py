@@ -48,8 +48,9 @@ def test_a_stack_applies_its_blocks_in_order(monkeypatch, unrolled_layers):
     value, gradient = jax.value_and_grad(loss)(params, x, scales)
     expected, expected_gradient = jax.value_and_grad(by_hand)(params, x, scales)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
+    # Gradients go up to 3 here: a sum that comes to almost 0 is as exact as its terms.
     jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6),
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
         gradient,
         expected_gradient,
     )
