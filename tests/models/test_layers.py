@@ -33,11 +33,6 @@ def loss(params, x, scales):
 def test_a_stack_applies_its_blocks_in_order(monkeypatch, unrolled_layers):
     monkeypatch.setattr(layers, "UNROLLED_LAYERS", unrolled_layers)
     rng = np.random.default_rng(0)
-    kernels = rng.normal(size=(DEPTH, WIDTH, WIDTH)).astype(np.float32)
-    biases = rng.normal(size=(DEPTH, WIDTH)).astype(np.float32)
-    scales = jnp.asarray([0.5, 2.0, -1.0])
-    params = {"Dense_0": {"kernel": jnp.asarray(kernels), "bias": jnp.asarray(biases)}}
-    x = jnp.asarray(rng.normal(size=(2, WIDTH)), jnp.float32)
 
     def by_hand(params, x, scales):
         dense = params["Dense_0"]
@@ -45,12 +40,18 @@ def test_a_stack_applies_its_blocks_in_order(monkeypatch, unrolled_layers):
             x = jnp.tanh(x @ kernel + bias) * scale
         return jnp.sum(x**2)
 
-    value, gradient = jax.value_and_grad(loss)(params, x, scales)
-    expected, expected_gradient = jax.value_and_grad(by_hand)(params, x, scales)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    # Gradients go up to 3 here: a sum that comes to almost 0 is as exact as its terms.
+    with jax.enable_x64(True):  # so that only another order of the blocks makes a difference
+        scales = jnp.asarray([0.5, 2.0, -1.0])
+        kernels = jnp.asarray(rng.normal(size=(DEPTH, WIDTH, WIDTH)))
+        biases = jnp.asarray(rng.normal(size=(DEPTH, WIDTH)))
+        params = {"Dense_0": {"kernel": kernels, "bias": biases}}
+        x = jnp.asarray(rng.normal(size=(2, WIDTH)))
+        value, gradient = jax.value_and_grad(loss)(params, x, scales)
+        expected, expected_gradient = jax.value_and_grad(by_hand)(params, x, scales)
+    assert value.dtype == np.float64
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
     jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12),
         gradient,
         expected_gradient,
     )
