@@ -1,14 +1,15 @@
-"""The parts of BERT that the Q-Former is built from: the embeddings and the LM head."""
+"""The parts of BERT that the Q-Former and BLIP are built from: embeddings, sub-layers, LM head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxblip.models.layers import ACTIVATIONS, layer_norm
+from jaxblip.models.layers import ACTIVATIONS, Attention, Dropout, FeedForward, layer_norm
 
 
 class TextEmbeddings(nn.Module):
@@ -59,3 +60,45 @@ class PredictionHead(nn.Module):
 
     def transform(self, x: Float[Array, "batch text width"]) -> Float[Array, "batch text width"]:
         return self.norm(ACTIVATIONS["gelu"](self.dense(x)))
+
+
+class PostNormBlock(nn.Module):
+    """What blocks of BERT are made of: sub-layers with a residual around and a norm behind each.
+
+    Attributes:
+      config: a `QFormerConfig` or a `MedConfig`.
+    """
+
+    config: Any
+    dtype: jnp.dtype = jnp.float32
+
+    def attention(self, name: str) -> Attention:
+        """Attention of the block's width, without residual and norm."""
+        c = self.config
+        return Attention(
+            c.num_heads,
+            c.width // c.num_heads,
+            c.kernel_init,
+            attention_dropout=c.attention_dropout,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def feed_forward(
+        self, x: Float[Array, "batch length width"], name: str
+    ) -> Float[Array, "batch length width"]:
+        """The network `name`, its residual, and the norm `{name}_norm`."""
+        c = self.config
+        update = FeedForward(c.mlp_width, "gelu", c.kernel_init, self.dtype, name=name)(x)
+        return self.add_and_norm(x, update, f"{name}_norm")
+
+    def add_and_norm(
+        self,
+        x: Float[Array, "batch length width"],
+        update: Float[Array, "batch length width"],
+        name: str,
+    ) -> Float[Array, "batch length width"]:
+        """The residual with dropout, and the norm behind it."""
+        c = self.config
+        update = Dropout(c.hidden_dropout)(update)
+        return layer_norm(c.layer_norm_epsilon, self.dtype, name)(x + update)

@@ -26,11 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import Mask, padding_mask
-from jaxblip.models.bert import PredictionHead, TextEmbeddings
+from jaxblip.models.bert import PostNormBlock, PredictionHead, TextEmbeddings
 from jaxblip.models.layers import (
-    Attention,
     Dropout,
-    FeedForward,
     KeyValueProjection,
     KeyValues,
     check_heads,
@@ -71,11 +69,10 @@ class MedConfig:
         return self.num_layers, batch, capacity, self.num_heads, self.width // self.num_heads
 
 
-class MedBlock(nn.Module):
+class MedBlock(PostNormBlock):
     """Self-attention, cross-attention where there is a source, feed-forward; norms behind each."""
 
     config: MedConfig
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -88,37 +85,18 @@ class MedBlock(nn.Module):
         cache_position: Array | int,
     ) -> tuple[Float[Array, "rows length width"], KeyValues | None]:
         """Returns the output and the updated cache, as `scan_layers` wants it."""
-        c = self.config
-        attended, cache = self._attention("attention")(
+        attended, cache = self.attention("attention")(
             x, mask, cache=cache, cache_position=cache_position
         )
-        x = self._add_and_norm(x, attended, "attention_norm")
+        x = self.add_and_norm(x, attended, "attention_norm")
         if source is not None:
             # Rows that share a source become further queries of one row: nothing is copied.
-            grouped = x.reshape(source.key.shape[0], -1, c.width)
-            attended, _ = self._attention("cross_attention")(
+            grouped = x.reshape(source.key.shape[0], -1, x.shape[-1])
+            attended, _ = self.attention("cross_attention")(
                 grouped, source_mask, key_values=source
             )
-            x = self._add_and_norm(x, attended.reshape(x.shape), "cross_attention_norm")
-        update = FeedForward(c.mlp_width, "gelu", c.kernel_init, self.dtype, name="mlp")(x)
-        return self._add_and_norm(x, update, "mlp_norm"), cache
-
-    def _attention(self, name):
-        c = self.config
-        return Attention(
-            c.num_heads,
-            c.width // c.num_heads,
-            c.kernel_init,
-            attention_dropout=c.attention_dropout,
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def _add_and_norm(self, x, update, name):
-        """BERT's post-norm residual."""
-        c = self.config
-        update = Dropout(c.hidden_dropout)(update)
-        return layer_norm(c.layer_norm_epsilon, self.dtype, name)(x + update)
+            x = self.add_and_norm(x, attended.reshape(x.shape), "cross_attention_norm")
+        return self.feed_forward(x, "mlp"), cache
 
 
 class Med(nn.Module):

@@ -21,11 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask
-from jaxblip.models.bert import TextEmbeddings
+from jaxblip.models.bert import PostNormBlock, TextEmbeddings
 from jaxblip.models.layers import (
-    Attention,
     Dropout,
-    FeedForward,
     KeyValueProjection,
     KeyValues,
     check_heads,
@@ -76,11 +74,10 @@ class QFormerConfig:
         return nn.initializers.normal(self.initializer_range)
 
 
-class QFormerBlock(nn.Module):
+class QFormerBlock(PostNormBlock):
     """One BERT block over [queries, text]."""
 
     config: QFormerConfig
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -92,37 +89,16 @@ class QFormerBlock(nn.Module):
     ) -> tuple[Float[Array, "batch queries width"], Float[Array, "batch text width"]]:
         """Either side may be empty; `image` is None where there is no cross-attention."""
         x = jnp.concatenate([queries, text], axis=1)
-        attended, _ = self._attention("attention")(x, mask)
-        x = self._add_and_norm(x, attended, "attention_norm")
+        attended, _ = self.attention("attention")(x, mask)
+        x = self.add_and_norm(x, attended, "attention_norm")
         queries, text = jnp.split(x, [queries.shape[1]], axis=1)
         if image is not None:
-            attended, _ = self._attention("cross_attention")(queries, key_values=image)
-            queries = self._add_and_norm(queries, attended, "cross_attention_norm")
+            attended, _ = self.attention("cross_attention")(queries, key_values=image)
+            queries = self.add_and_norm(queries, attended, "cross_attention_norm")
         return self._feed_forward(queries, "query"), self._feed_forward(text, "text")
 
-    def _attention(self, name):
-        c = self.config
-        return Attention(
-            c.num_heads,
-            c.width // c.num_heads,
-            c.kernel_init,
-            attention_dropout=c.attention_dropout,
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def _add_and_norm(self, x, update, name):
-        """BERT's post-norm residual."""
-        c = self.config
-        update = Dropout(c.hidden_dropout)(update)
-        return layer_norm(c.layer_norm_epsilon, self.dtype, name)(x + update)
-
     def _feed_forward(self, x, side):
-        if not x.shape[1]:
-            return x
-        c = self.config
-        update = FeedForward(c.mlp_width, "gelu", c.kernel_init, self.dtype, name=f"{side}_mlp")(x)
-        return self._add_and_norm(x, update, f"{side}_mlp_norm")
+        return self.feed_forward(x, f"{side}_mlp") if x.shape[1] else x
 
 
 class QFormerGroup(nn.Module):
