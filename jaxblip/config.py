@@ -88,6 +88,7 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.train = ""  # training source: "shapes:train" or the path of a .jsonl file
+    data.shuffle_block = 1  # consecutive examples that keep together: hard negatives in one batch
     # Hugging Face name or folder; "" = that of what init.language_model (stage 1: init.qformer)
     # names, or else a WordPiece trained on the captions
     data.tokenizer = ""

@@ -102,6 +102,7 @@ CASES = {
     "patches that do not fit": ({"data.image_size_px": 20}, ["20", "patch_size_px=12"]),
     "heads that do not fit": ({"model.vision.width": 30}, ["width=30", "num_heads=4"]),
     "text longer than the positions": ({"data.max_text_tokens": 99}, ["99", "max_positions=32"]),
+    "shuffled by blocks": ({"data.shuffle_block": 7}, ["shuffle_block=7", "30000 examples"]),
     "frozen path": ({"frozen": "vison"}, ["'vison'", "vision"]),
     "dtype": ({"compute_dtype": "float23"}, ["float23", "bfloat16"]),
 }  # fmt: skip

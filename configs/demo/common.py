@@ -12,6 +12,7 @@ def set_shapes(config):
     config.optimizer.min_lr = 0.0
 
     config.data.train = "shapes:train"
+    config.data.shuffle_block = 4  # alike but for what is where: hard negatives of one another
     config.eval.source = "shapes:heldout"
     config.data.image_size_px = 48
     config.data.max_text_tokens = 12
@@ -22,7 +23,7 @@ def set_shapes(config):
     if "vision" in config.model:
         config.model.vision.update(
             patch_size_px=12, width=128, num_layers=4, num_heads=4, mlp_width=256,
-            initializer_range=0.05,
+            initializer_range=0.05, position_init="sincos2d",
         )  # fmt: skip
     if "qformer" in config.model:
         config.model.qformer.update(

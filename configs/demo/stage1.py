@@ -8,7 +8,7 @@ def get_config(arg=""):
     config = default_config("stage1")
     common.set_shapes(config)
     config.init.vision = "runs/demo/vision"
-    config.steps = 800
+    config.steps = 600
     config.optimizer.peak_lr = 4e-3
     config.model.embed_dim = 64
     config.eval.rerank_top_k = 10

@@ -35,13 +35,20 @@ _TOKENIZER_EXAMPLES = 100_000
 
 
 def open_train_source(config: ConfigDict) -> Source:
-    """The source that `config.data.train` names."""
+    """The source that `config.data.train` names, of a size that `data.shuffle_block` divides."""
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
             "a .jsonl file."
         )
-    return open_source(config.data.train, image_size_px=config.data.image_size_px)
+    source = open_source(config.data.train, image_size_px=config.data.image_size_px)
+    block = config.data.shuffle_block
+    if block < 1 or len(source) % block:
+        raise UserError(
+            f"data.shuffle_block={block} does not divide the {len(source)} examples of "
+            f"{config.data.train}: 1 shuffles them one by one."
+        )
+    return source
 
 
 def run_tokenizer(
@@ -166,6 +173,7 @@ def train_batches(
         process_count=process_count,
         start_example=position["examples_seen"] if position else 0,
         num_workers=data.num_workers,
+        shuffle_block=data.shuffle_block,
         max_bad_share=data.max_bad_share,
         counters=position,
     )

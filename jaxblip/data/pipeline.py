@@ -219,6 +219,14 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _shuffled(size: int, block: int, seed: int) -> grain.MapDataset:
+    """Indices of `size` examples, shuffled anew each epoch by blocks of `block` neighbours."""
+    # Every block's j-th example in one order of the blocks, the same for all j, then interleaved.
+    return grain.MapDataset.mix(
+        [grain.MapDataset.range(j, size, block).shuffle(seed=seed) for j in range(block)]
+    )
+
+
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """Endless shuffled batches of this process, `{field: [batch_size / process_count, ...]}`.
 
@@ -231,6 +239,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
       preprocess: what to make of each.
       batch_size: over all processes; a multiple of `process_count`.
       seed: of order and augmentation.
+      shuffle_block: this many consecutive examples of the source keep together when it is
+        shuffled, so that they are hard negatives of each other; a divisor of their number.
       process_index, process_count: this process among those that train together.
       start_example: global number of examples consumed before; where to go on.
       num_workers: worker processes; 0 for threads in this one.
@@ -249,6 +259,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         *,
         batch_size: int,
         seed: int,
+        shuffle_block: int = 1,
         process_index: int = 0,
         process_count: int = 1,
         start_example: int = 0,
@@ -264,6 +275,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.examined = int(counters.get("examined", 0))
         self.skipped = Counter(counters.get("skipped", {}))
         self.converted = Counter(counters.get("converted", {}))
+        self._first_bad = ""
         self._batch_size = batch_size
         self._rows = batch_size // process_count
         self._max_bad_share = max_bad_share
@@ -271,9 +283,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         if "image" not in preprocess.fields and hasattr(source, "without_images"):
             source = source.without_images()
         dataset = (
-            grain.MapDataset.range(len(source))
+            _shuffled(len(source), shuffle_block, seed)
             .seed(seed)
-            .shuffle()
             .repeat()
             # Before any slice: the generator of an example follows from its global index.
             .random_map(_LoadExample(source, preprocess))[start_example:]
@@ -330,13 +341,14 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.close()
 
     def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
+        self._first_bad = self._first_bad or batch["first_bad"]
         bad = self.skipped.total()
         none_found = batch["arrays"] is None
         judged = self.examined >= self._min_examined and bad > self._max_bad_share * self.examined
         if not (none_found or judged):
             return
         reasons = counts_as_text(self.skipped)
-        first = f"; one of them: {batch['first_bad']}" if batch["first_bad"] else ""
+        first = f"; one of them: {self._first_bad}" if self._first_bad else ""
         what = (
             f"none of {_MAX_TRIES} in a row could be used"
             if none_found

@@ -39,6 +39,7 @@ RELATIONS = {
 }
 SPLIT_SIZES = {"train": 30_000, "heldout": 500}
 
+_RELATED_SCENES = 4  # of training: hard negatives of one another
 _HELDOUT_SHARE = 0.2  # of the pairs
 _SIZE_JITTER = 0.05  # relative; the two sizes stay far apart
 _MARGIN = 0.02  # from the image's edge, as a share of its side
@@ -100,6 +101,26 @@ def _compositions(heldout: bool) -> list[tuple[Thing, Thing]]:
         if (one.colour, one.shape) != (other.colour, other.shape)
         and is_heldout(one, other) == heldout
     ]
+
+
+def _with_an_exchange(scene: Scene) -> list[Scene]:
+    """Scenes of training that have all but one thing in common with this one.
+
+    That is the relation, or an attribute of which each object has the other's.
+    """
+    one, other = scene.first, scene.second
+    pairs = []
+    for field in ("size", "colour", "shape"):
+        of_one, of_other = getattr(one, field), getattr(other, field)
+        pair = (
+            dataclasses.replace(one, **{field: of_other}),
+            dataclasses.replace(other, **{field: of_one}),
+        )
+        # Where nothing else differs, that exchanges the places.
+        if of_one != of_other and pair != (other, one) and not is_heldout(*pair):
+            pairs.append(pair)
+    (relation,) = RELATIONS.keys() - {scene.relation}
+    return [Scene(one, other, relation), *(Scene(*pair, scene.relation) for pair in pairs)]
 
 
 @functools.cache
@@ -168,6 +189,11 @@ def _place(
 class ShapesSource:
     """Scenes of two objects; example `index` is a function of (split, index) alone.
 
+    In "train", each four examples from a multiple of four on are alike but for what is where: in
+    the second and the fourth the objects of the first and the third have exchanged their places,
+    and the third has the first's with an attribute exchanged, or another relation. Let batches keep
+    them together (`data.shuffle_block = 4`), or contrast hardly ever asks for what is where.
+
     Args:
       split: "train", or "heldout": the compositions that training never shows, every scene with
         a description of its own, so that no caption of one image is true of another.
@@ -202,21 +228,29 @@ class ShapesSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._size:
             raise IndexError(f"index {index} of {self._size} examples")
-        rng = self._rng(index)
-        scene = self._draw_scene(index, rng)
+        scene = self.scene(index)
         example = {"captions": scene_captions(scene), "image_id": int(index)}
         if self.images:
-            example["image"] = self._render(scene, rng)
+            example["image"] = self._render(scene, self._rng(index))
         return example
 
     def scene(self, index: int) -> Scene:
         """The description that example `index` shows."""
-        return self._draw_scene(index, self._rng(index))
+        if self.split == "heldout":
+            return _heldout_scenes()[index]
+        # From behind the stream of images, which draw for less than 2^32 examples.
+        rng = self._rng(2**32 + index // _RELATED_SCENES)
+        pairs = _compositions(heldout=False)
+        one, other = pairs[rng.integers(len(pairs))]
+        scene = Scene(one, other, list(RELATIONS)[rng.integers(len(RELATIONS))])
+        exchanged = _with_an_exchange(scene)
+        if index % _RELATED_SCENES >= 2:
+            scene = exchanged[rng.integers(len(exchanged))]
+        return Scene(scene.second, scene.first, scene.relation) if index % 2 else scene
 
     def layout(self, index: int) -> tuple[Float[np.ndarray, "2 2"], Float[np.ndarray, "2"]]:
         """Centres (x, y) and half sides of its two objects, as shares of the image's side."""
-        rng = self._rng(index)
-        return _place(self._draw_scene(index, rng), rng)
+        return _place(self.scene(index), self._rng(index))
 
     def without_images(self) -> ShapesSource:
         return ShapesSource(self.split, self.image_size_px, self._size, images=False)
@@ -224,14 +258,6 @@ class ShapesSource:
     def _rng(self, index: int) -> np.random.Generator:
         key = np.array([list(SPLIT_SIZES).index(self.split), index], np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
-
-    def _draw_scene(self, index: int, rng: np.random.Generator) -> Scene:
-        if self.split == "heldout":
-            return _heldout_scenes()[index]
-        pairs = _compositions(heldout=False)
-        one, other = pairs[rng.integers(len(pairs))]
-        relations = list(RELATIONS)
-        return Scene(one, other, relations[rng.integers(len(relations))])
 
     def _render(
         self, scene: Scene, rng: np.random.Generator

@@ -1,4 +1,4 @@
-"""Position tables of a vision transformer at another resolution than they were trained at."""
+"""Position tables of a vision transformer: their start, and another resolution than trained at."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ METHODS = {
     "bicubic": False,  # EVA-CLIP in LAVIS, BLIP, and `interpolate_pos_encoding` of transformers
     "bicubic_align_corners": True,  # CLIP in LAVIS
 }
+
+
+def sincos2d_positions(num_patches_side: int, width: int) -> Float[np.ndarray, "patches width"]:
+    """A table of sines and cosines of a patch's column and row ("Attention is all you need" in 2-D).
+
+    A quarter of the width each: sines of the column, its cosines, sines of the row, its cosines,
+    with wavelengths from 2 pi patches to 2 pi sides of the grid: the far longer ones that are usual
+    for texts would be alike everywhere on it. float32.
+
+    Args:
+      num_patches_side: patches along one side of the square grid; they go row by row.
+      width: a multiple of 4, at least 8.
+    """
+    if width % 4 or width < 8:
+        raise UserError(
+            f"Positions as sines need a width that is a multiple of 4 and at least 8, not {width}: "
+            'change the width, or set position_init to "normal".'
+        )
+    frequencies = num_patches_side ** -np.linspace(0, 1, width // 4)
+    rows, columns = np.divmod(np.arange(num_patches_side**2), num_patches_side)
+    angles = [np.multiply.outer(place, frequencies) for place in (columns, rows)]
+    table = [function(angle) for angle in angles for function in (np.sin, np.cos)]
+    return np.concatenate(table, axis=1).astype(np.float32)
 
 
 def interpolate_positions(

@@ -24,7 +24,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from jaxblip.errors import UserError
 from jaxblip.models.layers import (
@@ -37,6 +37,9 @@ from jaxblip.models.layers import (
     layer_norm,
     scan_layers,
 )
+from jaxblip.models.positions import sincos2d_positions
+
+POSITION_INITS = ("normal", "sincos2d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class VitConfig:
       key_bias: EVA-CLIP's attention has query and value biases only.
       crop_to_patches: cut off the pixels at the right and at the bottom that fill no patch, as
         SigLIP so400m/14 does at 384 px; without it, such an image size is an error.
+      position_init: what the position table starts from, "normal" (as CLIP) or "sincos2d": fixed
+        sines of both coordinates, a start that tells places apart (as in big_vision, but trained).
       remat: recompute each block in the backward pass; without effect on a frozen encoder.
     """
 
@@ -68,11 +73,17 @@ class VitConfig:
     key_bias: bool = True
     crop_to_patches: bool = False
     initializer_range: float = 0.02
+    position_init: str = "normal"
     remat: bool = False
 
     def __post_init__(self):
         check_heads(self)
         check_activation(self)
+        if self.position_init not in POSITION_INITS:
+            raise UserError(
+                f"position_init={self.position_init!r} is none of {', '.join(POSITION_INITS)}: "
+                "choose one."
+            )
         if self.image_size_px % self.patch_size_px and not self.crop_to_patches:
             raise UserError(
                 f"Images of {self.image_size_px} px cannot be cut into patches of "
@@ -112,7 +123,9 @@ class VisionTransformer(nn.Module):
             cls_token = self.param("cls_token", init, (c.width,))
             cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, c.width))
             x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        x += self.param("position_embedding", init, (c.num_tokens, c.width)).astype(x.dtype)
+        position_init = init if c.position_init == "normal" else self._sincos2d
+        positions = self.param("position_embedding", position_init, (c.num_tokens, c.width))
+        x += positions.astype(x.dtype)
         if c.pre_norm:
             x = layer_norm(c.layer_norm_epsilon, self.dtype, "pre_norm")(x)
         layers = scan_layers(PreNormBlock, c.num_layers, remat=c.remat)(
@@ -127,6 +140,12 @@ class VisionTransformer(nn.Module):
         )
         x, _ = layers(x)
         return x
+
+    def _sincos2d(self, key: Key[Array, ""], shape: tuple[int, int]) -> Array:
+        del key
+        c = self.config
+        table = sincos2d_positions(c.image_size_px // c.patch_size_px, c.width)
+        return jnp.zeros(shape).at[-len(table) :].set(table)  # a class token has no place
 
 
 class AttentionPooling(nn.Module):

@@ -87,7 +87,20 @@ def test_every_epoch_shows_everything_once_in_an_order_of_its_own(straight):
     epochs = ids[:20], ids[20:40]
     for epoch in epochs:
         assert sorted(epoch) == list(range(20))
-    assert list(epochs[0]) != list(epochs[1]) != list(range(20))
+    assert list(epochs[0]) != list(epochs[1])
+    assert list(range(20)) not in (list(epochs[0]), list(epochs[1]))
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_neighbours_keep_together_in_blocks(preprocess, block):
+    batches, _ = take(12, SOURCE, preprocess, batch_size=5, seed=3, shuffle_block=block)
+    ids = rows(batches)["image_id"]
+    first = ids[::block]
+    np.testing.assert_array_equal(ids.reshape(-1, block), first[:, None] + np.arange(block))
+    epochs = first.reshape(3, -1).tolist()
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 20, block))
+    assert len({*map(tuple, epochs)}) == 3
 
 
 def test_an_example_is_augmented_anew_in_each_epoch(straight):

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def looks(caption: str) -> frozenset:
 
 
 def test_heldout_compositions_never_occur_in_training_but_their_parts_do():
-    train = ShapesSource("train", 48).without_images()
+    train = ShapesSource("train", 48, size=60_000, images=False)  # enough to meet nearly all pairs
     seen, parts, sizes, relations = set(), set(), set(), set()
     for index in range(len(train)):
         caption = train[index]["captions"][0]
@@ -74,6 +75,31 @@ def test_heldout_compositions_never_occur_in_training_but_their_parts_do():
     things = list(itertools.product(shapes.SIZES, COLOURS, SHAPES))
     all_pairs = sum(a[1:] != b[1:] for a, b in itertools.combinations(things, 2))
     assert 0.15 < (all_pairs - len(seen)) / all_pairs < 0.25
+
+
+def attributes(scene):
+    return sorted(word for thing in (scene.first, scene.second) for word in str(thing).split())
+
+
+def test_four_training_scenes_in_a_row_are_alike_but_for_what_is_where():
+    source = ShapesSource("train", 48)
+    changed = Counter()
+    for start in range(0, 400, 4):
+        base, mirrored, other, other_mirrored = map(source.scene, range(start, start + 4))
+        for scene, mirror in ((base, mirrored), (other, other_mirrored)):
+            assert mirror == shapes.Scene(scene.second, scene.first, scene.relation)
+        assert attributes(other) == attributes(base)
+        if other.relation != base.relation:
+            assert (other.first, other.second) == (base.first, base.second)
+            changed["relation"] += 1
+        else:
+            names = ("size", "colour", "shape")
+            (name,) = [n for n in names if getattr(other.first, n) != getattr(base.first, n)]
+            changed[name] += 1
+        captions = [c for index in range(start, start + 4) for c in source[index]["captions"]]
+        assert len(set(captions)) == 16
+    assert set(changed) == {"relation", "size", "colour", "shape"}
+    assert len({source.scene(start) for start in range(0, 400, 4)}) > 90
 
 
 def test_example_depends_on_split_and_index_alone():

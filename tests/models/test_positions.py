@@ -1,6 +1,8 @@
-"""Position tables of another size against PyTorch's and transformers' interpolation."""
+"""Position tables as sines by their formula, and of another size against PyTorch's and transformers' interpolation."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import transformers
 
 from jaxblip.errors import UserError
-from jaxblip.models.positions import interpolate_positions
+from jaxblip.models.positions import interpolate_positions, sincos2d_positions
 
 METHODS = {"bicubic": False, "bicubic_align_corners": True}
 WIDTH = 5
@@ -80,3 +82,22 @@ def test_a_table_of_another_grid_is_an_error(rows):
 def test_a_method_that_does_not_exist():
     with pytest.raises(UserError, match="'bilinear'.*bicubic, bicubic_align_corners"):
         interpolate_positions(np.zeros((16, WIDTH)), 4, 6, "bilinear")
+
+
+def test_sines_of_column_and_row():
+    table = sincos2d_positions(3, 8)
+    assert table.shape == (9, 8) and table.dtype == np.float32
+    for patch in range(9):
+        row, column = divmod(patch, 3)
+        expected = []
+        for place in (column, row):
+            angles = [place, place / 3]  # the longest wave is three times the shortest
+            expected += [math.sin(angle) for angle in angles]
+            expected += [math.cos(angle) for angle in angles]
+        np.testing.assert_allclose(table[patch], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [4, 10])
+def test_sines_need_a_width_that_four_divides(width):
+    with pytest.raises(UserError, match=f"multiple of 4.*not {width}"):
+        sincos2d_positions(3, width)

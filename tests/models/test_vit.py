@@ -17,6 +17,7 @@ import transformers
 
 from jaxblip.errors import UserError
 from jaxblip.models.layers import layer_norm
+from jaxblip.models.positions import sincos2d_positions
 from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
 from jaxblip.sharding import make_mesh, parameter_spec
 from reference import Weights, clip_vit_params, eva_vit_params, randomized
@@ -284,11 +285,23 @@ def test_every_parameter_has_a_sharding_rule(name):
         parameter_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
 
 
+@pytest.mark.parametrize("has_cls_token", [True, False])
+def test_positions_may_start_as_sines(has_cls_token):
+    config = dataclasses.replace(CONFIG, position_init="sincos2d", has_cls_token=has_cls_token)
+    images = jnp.zeros((1, config.image_size_px, config.image_size_px, 3))
+    params = VisionTransformer(config).init(jax.random.key(0), images)["params"]
+    table = params["position_embedding"]
+    side = config.image_size_px // config.patch_size_px
+    np.testing.assert_array_equal(table[has_cls_token:], sincos2d_positions(side, config.width))
+    np.testing.assert_array_equal(table[:has_cls_token], 0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"image_size_px": 14}, "14 px.*patch_size_px=4"),
         ({"num_heads": 3}, "num_heads=3.*width=16"),
+        ({"position_init": "sine"}, "position_init='sine'.*normal, sincos2d"),
     ],
 )
 def test_sizes_that_do_not_fit(wrong, message):
