@@ -9,7 +9,8 @@ def get_config(arg=""):
     common.set_shapes(config)
     config.init.vision = "runs/demo/vision"
     config.steps = 600
-    config.optimizer.peak_lr = 4e-3
+    config.optimizer.peak_lr = 6e-3
+    config.loss.itg_weight = 2.0  # words take longest to learn which of two objects is where
     config.model.embed_dim = 64
     config.eval.rerank_top_k = 10
     return config
