@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxblip.data import inputs
 from jaxblip.data.images import resize_square
-from jaxblip.data.text import clean_caption
+from jaxblip.data.text import INSTRUCTION, clean_caption, clean_question, fill_prompt
 from jaxblip.data.user_images import ImageLike, list_images, read_image
-from jaxblip.decoding.image_to_text import ImageToText, batch_bucket
+from jaxblip.decoding.image_to_text import batch_bucket
+from jaxblip.decoding.make import make_image_to_text
 from jaxblip.decoding.search import DecodingConfig
 from jaxblip.errors import UserError
 from jaxblip.evaluation.batching import RowMap
@@ -34,7 +35,11 @@ from jaxblip.training.state import Params, merge_params
 
 ABILITIES = {
     "stage2": ("caption", "answer", "rank", "stream"),
+    "instruct": ("caption", "answer", "rank", "stream"),
+    "blip_caption": ("caption", "rank"),
+    "blip_vqa": ("answer", "rank"),
     "stage1": ("embed_images", "embed_texts", "match"),
+    "blip_retrieval": ("embed_images", "embed_texts", "match"),
     "clip": ("embed_images", "embed_texts"),
     "language_model": (),
 }
@@ -43,6 +48,8 @@ ABILITIES = {
 QUESTION = "Question: {} Answer:"
 QUESTION_FOR_ENCODER = "Question: {} Short answer:"
 ANSWER_DECODING = {"max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0}
+# What InstructBLIP is asked for captions (arXiv 2305.06500, appendix).
+CAPTION_INSTRUCTION = "A short image description."
 
 
 def load(
@@ -135,8 +142,10 @@ class Model:
 
     | task | methods |
     |---|---|
-    | `stage2` | `caption`, `answer`, `rank`, `stream` |
-    | `stage1` | `embed_images`, `embed_texts`, `match` |
+    | `stage2`, `instruct` | `caption`, `answer`, `rank`, `stream` |
+    | `blip_caption` | `caption`, `rank` |
+    | `blip_vqa` | `answer`, `rank` |
+    | `stage1`, `blip_retrieval` | `embed_images`, `embed_texts`, `match` |
     | `clip` | `embed_images`, `embed_texts` |
 
     Images are files, encoded bytes, Pillow images or uint8 arrays, one or a list of them; of any
@@ -153,13 +162,15 @@ class Model:
         self._run = run
         self._maps: dict[int, RowMap] = {}
         self._encode = inputs.text_encoder(run.task.config, run.tokenizer)
-        if self.name == "stage2":
+        if "rank" in ABILITIES[self.name]:
             self._params = merge_params(run.params, run.frozen)
-            self._text = ImageToText(run.task, run.tokenizer, run.mesh)
+            self._text = make_image_to_text(
+                run.task, run.tokenizer, run.mesh, run.qformer_tokenizer
+            )
 
     @property
     def name(self) -> str:
-        """The task's name: stage2, stage1, clip or language_model."""
+        """The task's name, such as stage2 (`ABILITIES`)."""
         return self.task.config.task
 
     def __repr__(self) -> str:
@@ -189,7 +200,8 @@ class Model:
         Args:
           images: one or several.
           prompt: words that the caption goes on from, such as "a photo of"; one for all images or
-            one for each. By default the one that the run was trained with, often none.
+            one for each. By default the one that the run was trained with, often none; where it
+            was trained with instructions, "A short image description." takes their place.
           num_captions: of each image, drawn by sampling when they are more than 1.
           num_beams: of beam search; 1 takes the most probable token each time. By default the run's
             `config.eval.num_beams`; 1 where captions are sampled.
@@ -242,13 +254,14 @@ class Model:
           context: what to know before the question; one, or one for each.
           prompt: in which {} stands for the question (`question_prompt`).
           decoding: as in `caption`. By default up to 10 new tokens and a length penalty of -1, for
-            short answers, as in BLIP-2.
+            short answers, as in BLIP-2; for `blip_vqa` what `config.eval` of the run says.
 
         Returns, Raises: as `caption`.
         """
         self._check_ability("answer")
         prompts = self.question_prompt(questions, context, prompt)
-        return self._generate(images, prompts, Decoding(**decoding), ANSWER_DECODING)
+        defaults = {} if self.name == "blip_vqa" else ANSWER_DECODING
+        return self._generate(images, prompts, Decoding(**decoding), defaults)
 
     def question_prompt(
         self,
@@ -259,10 +272,15 @@ class Model:
         """What the language model reads of a question: "Context: … Question: … Answer:".
 
         Args:
-          prompt: in which {} stands for the question; by default BLIP-2's, "Question: {} Answer:",
-            or "Question: {} Short answer:" for an encoder-decoder language model.
+          prompt: in which {} stands for the question; by default that of the run (`data.prompt`)
+            where it has a {}, and the question alone for `blip_vqa`. For all others BLIP-2's,
+            "Question: {} Answer:", or "Question: {} Short answer:" for an encoder-decoder language
+            model.
         """
-        if prompt is None:
+        config, max_words = self.task.config, 0
+        if prompt is None and inputs.reads_instructions(config):
+            prompt, max_words = config.data.prompt or INSTRUCTION, config.data.max_words
+        elif prompt is None:
             prompt = QUESTION_FOR_ENCODER if inputs.has_encoder(self.task.config) else QUESTION
         if prompt.count("{}") != 1:
             raise UserError(
@@ -273,6 +291,7 @@ class Model:
         def filled(question, context):
             # No `format`: questions and prompts may hold other braces.
             before, after = prompt.split("{}")
+            question = clean_question(question, max_words)  # as for training
             background = f"Context: {context.strip()} " if context.strip() else ""
             return f"{background}{before}{question}{after}"
 
@@ -314,9 +333,8 @@ class Model:
             for prompt in set(prompts)
         }
         tokens = [of_prompt[prompt] for prompt in prompts]
-        scores = self._text.rank(
-            self._params, pixels, list(map(self._text.prompt_tokens, prompts)), tokens, rows=rows
-        )
+        before = list(map(self._text.prompt, prompts))
+        scores = self._text.rank(self._params, pixels, before, tokens, rows=rows)
         lengths = np.array([[len(candidate) for candidate in row] for row in tokens], np.float32)
         return scores / lengths if mean else scores
 
@@ -341,8 +359,8 @@ class Model:
         if len(prompts) > 1:
             raise UserError(f"{len(prompts)} images cannot be streamed: give one at a time.")
         config = self._text.decoding_config(**(decoding.changes() | {"num_beams": 1}))
-        tokens = self._text.prompt_tokens(prompts[0])
-        return self._text.stream(self._params, pixels, tokens, config, decoding.seed)
+        prompt = self._text.prompt(prompts[0])
+        return self._text.stream(self._params, pixels, prompt, config, decoding.seed)
 
     # Stage 1 and CLIP: embeddings and matches.
 
@@ -352,11 +370,11 @@ class Model:
         """L2-normalised embeddings of images, float32.
 
         One a query token in stage 1, where the similarity to a text is the largest of theirs; one
-        an image in CLIP. `embed_images(x) @ embed_texts(y).T` are cosines.
+        an image in CLIP and BLIP. `embed_images(x) @ embed_texts(y).T` are cosines.
         """
         self._check_ability("embed_images")
         pixels = self._pixels(images)
-        if self.name == "stage1":
+        if "match" in ABILITIES[self.name]:
             return self._map(self.task.embed_images, self._map(self.task.image_features, pixels))
         return self._map(self.task.embed_images, pixels)
 
@@ -408,7 +426,9 @@ class Model:
             )
 
     def _own_prompt(self, prompt: str | Sequence[str] | None) -> str | Sequence[str]:
-        return self.task.config.data.prompt if prompt is None else prompt
+        if prompt is not None:
+            return prompt
+        return fill_prompt(self.task.config.data.prompt, CAPTION_INSTRUCTION)
 
     def _generate(self, images, prompts, decoding: Decoding, defaults: dict[str, Any]):
         config = self._text.decoding_config(**(defaults | decoding.changes()))
@@ -417,7 +437,7 @@ class Model:
         texts = self._text.generate(
             self._params,
             pixels,
-            [self._text.prompt_tokens(prompt) for prompt in prompts for _ in range(count)],
+            [prompt for prompt in map(self._text.prompt, prompts) for _ in range(count)],
             config,
             rows=np.repeat(rows, count),
             seed=decoding.seed,

@@ -14,6 +14,11 @@ Every field of the config can be set on the command line:
   --config.optimizer.peak_lr=3e-5 --config.data.train=pairs.jsonl --config.mesh.fsdp=4
 """
 
+OF_A_RUN = """\
+Fields of the run's config can be set on the command line:
+  --config.eval.batch_size=8 --config.mesh.fsdp=4
+"""
+
 TRAIN = f"""\
 Trains what a config describes. Started again with the same --workdir after a crash or a stop, it
 goes on where it was and ends with the same bits. SIGTERM saves a checkpoint and exits with 0.
@@ -24,31 +29,32 @@ The work directory then holds
   environment.json   package versions and devices
   metrics.jsonl      one line of metrics each log interval; tensorboard/ has the same
   checkpoints/       parameters that train, optimizer, position in the data
-  tokenizer/         the tokenizer
+  tokenizer/         the tokenizer; in a run of instruct qformer_tokenizer/ is the Q-Former's
 
 Example:
   jaxblip train --config=configs/demo/vision.py --workdir=runs/vision
 """
 
 EVALUATE = f"""\
-Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip and stage1 (there with ITM
-re-ranking), exact match and BLEU-4 of captions for stage2, perplexity for language_model. Prints
-the metrics and writes into the work directory
+Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip, stage1 and blip_retrieval (the
+last two with ITM re-ranking), exact match and BLEU-4 of captions or answers for stage2,
+instruct, blip_caption and blip_vqa, perplexity for language_model. Prints the metrics and writes
+into the work directory
   results.json        the metrics
   predictions.jsonl   the caption generated, or retrieved, for each image
   results.html        the same with the images, to look at
 
-{OVERRIDES}
+{OF_A_RUN}
 Example:
   jaxblip evaluate --workdir=runs/demo/stage1 --config.eval.source=shapes:heldout
 """
 
 GENERATE = f"""\
 Writes a caption of each image, or an answer to a question about it, by a checkpoint of the task
-stage2: one line "file: text" each. With --candidates it ranks given texts instead, and writes
-each with its probability, the most probable first.
+stage2, instruct, blip_caption or blip_vqa: one line "file: text" each. With --candidates it ranks
+given texts instead, and writes each with its probability, the most probable first.
 
-{OVERRIDES}
+{OF_A_RUN}
 Examples:
   jaxblip generate --checkpoint=runs/demo/stage2 --image cat.png dog.jpg
   jaxblip generate --checkpoint=DIR --image cat.png --prompt="a photo of" --num-beams=5
@@ -138,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
 
     verb = add("generate", _generate, "write captions of images, or answers", GENERATE)
-    verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of stage 2")
+    verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of a run")
     verb.add_argument("--image", required=True, nargs="+", metavar="FILE", help="image files")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
     _add_generation(verb)

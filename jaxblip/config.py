@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
 from jaxblip.models.language_models import config_class
+from jaxblip.models.med import MedConfig
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
-from jaxblip.tasks import TASKS
+from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS, TASKS
 from jaxblip.tasks.base import PIXEL_MEAN, PIXEL_STD
 from jaxblip.tasks.parts import language_model_config, language_model_section, model_fields
 
@@ -48,10 +49,11 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     if task not in TASKS:
         raise UserError(f"There is no task {task!r}: the tasks are {', '.join(TASKS)}.")
     is_encoder_decoder = (
-        task in ("language_model", "stage2") and config_class(language_model).is_encoder_decoder
+        task in ("language_model", *STAGE2_TASKS)
+        and config_class(language_model).is_encoder_decoder
     )
     config = ConfigDict()
-    config.task = task  # what is optimised: clip, language_model, stage1, stage2
+    config.task = task  # what is optimised, by its name in `tasks.TASKS`
     config.seed = 42  # of initial parameters, data order, augmentation, dropout, negatives
     config.steps = 250_000  # optimizer steps of the whole run
     config.batch_size = 1680  # examples a step, over all devices
@@ -92,16 +94,29 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     # Hugging Face name or folder; "" = that of what init.language_model (stage 1: init.qformer)
     # names, or else a WordPiece trained on the captions
     data.tokenizer = ""
+    if task == "instruct":
+        # of the instruction that the Q-Former reads: Hugging Face name or folder; "" = that of what
+        # init.qformer or init.all names, or else a WordPiece trained on the instructions
+        data.qformer_tokenizer = ""
     data.vocab_size = 2048  # largest vocabulary of a tokenizer that is trained here, tokens
     data.stop_token = ""  # ends a text of the language model ("\n" for OPT); "" = the end token
     data.max_text_tokens = 32  # text length, tokens, special ones included
     if is_encoder_decoder:
         # of what the language model's encoder reads of prompt and caption, end token included
         data.max_input_tokens = 32
-    data.max_words = 50  # words kept of a caption
+    if task == "blip_vqa":
+        data.max_instruction_tokens = 35  # length of a question, tokens, special ones included
+    if task == "instruct":
+        # length of an instruction in tokens of the Q-Former, special ones included, and in tokens
+        # of a decoder-only language model, in whose text it stands; of more the last ones are kept
+        data.max_instruction_tokens = 128
+    # words kept of a caption or an instruction, which are lower-cased and lose some punctuation;
+    # 0 = both stay as they are written
+    data.max_words = 50
     if task == "language_model":
         data.captions_per_text = 1  # captions of one image in a text, each with begin and end token
-    # stands before every caption; in stage 2 its tokens carry no loss. An encoder reads it
+    # stands before every caption, and {} in it for the example's instruction or question; in stage
+    # 2 its tokens carry no loss. An encoder reads it, and the Q-Former of InstructBLIP
     data.prompt = ""
     data.image_size_px = 224  # side of the square images, pixels
     data.pixel_mean = PIXEL_MEAN  # of red, green, blue between 0 and 1; SigLIP: 0.5,0.5,0.5
@@ -126,14 +141,41 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     evaluation.every_steps = 0  # steps between two evaluations; 0 = only at the end
     evaluation.batch_size = 64  # images or pairs at a time, over all devices
     evaluation.max_images = 0  # first images of the source that are used; 0 = all
-    if task == "stage1":
+    if task in ("stage1", "blip_retrieval"):
         evaluation.rerank_top_k = 128  # candidates re-scored by ITM, facts of COCO retrieval
-    if task == "stage2":
+    if task in STAGE2_TASKS:
         evaluation.num_beams = 5  # beams of beam search; 1 = greedy
         evaluation.length_penalty = 0.0  # exponent: score / length ** penalty
         evaluation.max_new_tokens = 30  # longest generated text, tokens
         evaluation.min_new_tokens = 0  # shortest generated text, tokens
+    if task in ("blip_caption", "blip_vqa"):
+        evaluation.num_beams = 3  # beams of beam search; 1 = greedy
+        evaluation.length_penalty = 1.0  # exponent: score / length ** penalty
+        # longest generated text, tokens, without the prompt
+        evaluation.max_new_tokens = 20 if task == "blip_caption" else 10
+        evaluation.min_new_tokens = 1  # shortest generated text, tokens
+    if task == "instruct":
+        _set_instructblip(config, is_encoder_decoder)
     return config
+
+
+def _set_instructblip(config: ConfigDict, is_encoder_decoder: bool) -> None:
+    """InstructBLIP's values (arXiv 2305.06500 §2.6) where they are not BLIP-2's.
+
+    Its training was never released: what the paper leaves out is that of X-InstructBLIP in LAVIS.
+    """
+    config.steps, config.batch_size = 60_000, 128  # the paper's for 7B; 3B: 192, 11B and 13B: 64
+    optimizer, data = config.optimizer, config.data
+    optimizer.warmup_init_lr, optimizer.peak_lr, optimizer.min_lr = 1e-8, 1e-5, 0.0
+    optimizer.warmup_steps, optimizer.b2 = 1000, 0.999
+    # LAVIS: up to 128 tokens of instruction and 256 of output.
+    data.max_text_tokens = 256 if is_encoder_decoder else 128 + 256
+    if is_encoder_decoder:
+        data.max_input_tokens = 128
+    data.max_words, data.prompt = 0, "{}"
+    data.crop_scale, data.flip_probability = (0.9, 1.0), 0.0
+    config.eval.length_penalty, config.eval.max_new_tokens = 1.0, 256
+    config.eval.min_new_tokens = 1
 
 
 def _model(task: str, language_model: str) -> ConfigDict:
@@ -144,7 +186,17 @@ def _model(task: str, language_model: str) -> ConfigDict:
     if task == "clip":
         model.text = model_fields(ClipTextConfig, vocab_size=0)
         model.embed_dim = 512  # width of the contrastive space
-    if task in ("stage1", "stage2"):
+    if task in BLIP_TASKS:
+        model.text = model_fields(MedConfig, vocab_size=0)  # text encoder and decoder alike
+    if task == "blip_retrieval":
+        model.embed_dim = 256  # width of the contrastive space
+    if task in ("blip_caption", "blip_vqa"):
+        model.dec_token_id = -1  # token that starts a generated text; -1 = the tokenizer's [DEC]
+    if task in ("blip_retrieval", "blip_vqa"):
+        # token that starts a text that is read with its image; -1 = the tokenizer's [ENC], as in
+        # BLIP's code; 0 = none, so that [CLS] does, as in transformers
+        model.enc_token_id = -1
+    if task in ("stage1", *STAGE2_TASKS):
         # vocab_size = 0 stands for the tokenizer's number of entries
         model.qformer = model_fields(QFormerConfig, vocab_size=0)
         model.vision_norm_epsilon = 1e-5  # as in LAVIS; the Hugging Face port has 1e-6
@@ -153,7 +205,7 @@ def _model(task: str, language_model: str) -> ConfigDict:
     if task == "stage1":
         model.embed_dim = 256  # width of the contrastive space
         model.dec_token_id = -1  # token that starts a generated text; -1 = the tokenizer's [DEC]
-    if task in ("language_model", "stage2"):
+    if task in ("language_model", *STAGE2_TASKS):
         model.language_model = language_model_section(language_model, vocab_size=0)
         if "start_token_id" in model.language_model:
             # what the decoder reads first; -1 = the tokenizer's padding, as in T5
@@ -163,7 +215,7 @@ def _model(task: str, language_model: str) -> ConfigDict:
 
 def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
     loss = ConfigDict()
-    if is_encoder_decoder:
+    if is_encoder_decoder and task != "instruct":
         # The encoder reads the prompt and the first words of the caption, a random number of them,
         # and the loss is about the rest (BLIP-2 §3.3); False: about the whole caption
         loss.prefix_lm = True
@@ -178,6 +230,14 @@ def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
         loss.itg_label_smoothing = 0.1  # share of the target that is uniform over the words
         loss.gradient_to_all = False  # reference: no gradient through the gathered side
         loss.use_image_id = True  # captions of one image are never each other's negatives
+    if task == "blip_retrieval":
+        loss.itc_weight = 1.0  # weight of the contrastive loss in the sum
+        loss.itm_weight = 1.0  # weight of the matching loss
+        loss.itc_label_smoothing = 0.0  # share of the target that is uniform over the batch
+        loss.gradient_to_all = False  # BLIP: the side that is compared with has no gradient
+        loss.use_image_id = True  # captions of one image are never each other's negatives
+    if task in ("blip_caption", "blip_vqa"):
+        loss.label_smoothing = 0.1  # share of the target that is uniform over the words
     return loss
 
 
@@ -192,9 +252,9 @@ def _init(task: str) -> ConfigDict:
     init.all = ""  # all parts that it has and that are not named below
     if task != "language_model":
         init.vision = ""  # image encoder
-    if task in ("stage1", "stage2"):
+    if task in ("stage1", *STAGE2_TASKS):
         init.qformer = ""  # Q-Former and vision norm
-    if task in ("language_model", "stage2"):
+    if task in ("language_model", *STAGE2_TASKS):
         init.language_model = ""  # language model
     return init
 
@@ -208,14 +268,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       overrides: each `config.field=value`, or `config.section.field=value`.
 
     Raises:
-      UserError: no such file, an unknown field (names the nearest real one), or a value that is
-        not of the field's type.
+      UserError: no such file, one that is no Python, an unknown field (names the nearest real one),
+        or a value that is not of the field's type.
     """
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
-        raise UserError(f"The config file {file!r} does not exist; the shipped ones are in configs/.")
+        raise UserError(
+            f"The config file {file!r} does not exist; the shipped ones are in configs/."
+        )
     with _neighbours_importable(file):
-        get_config = runpy.run_path(file).get("get_config")
+        try:
+            get_config = runpy.run_path(file).get("get_config")
+        except SyntaxError as error:
+            raise UserError(
+                f"The config file {file!r} is no Python: line {error.lineno}: {error.msg}."
+            ) from error
         if get_config is None:
             raise UserError(f"The config file {file!r} defines no function get_config(arg='').")
         config = get_config(argument)

@@ -144,8 +144,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     shards = batch_shards(mesh)
     if accumulation_steps < 1:
         raise UserError(f"optimizer.accumulation_steps={accumulation_steps} must be at least 1.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
     parts = shards * accumulation_steps
-    if batch_size < 1 or batch_size % parts:
+    if batch_size % parts:
         nearest = max(parts, round(batch_size / parts) * parts)
         raise UserError(
             f"batch_size={batch_size} cannot be split evenly over data x fsdp = {shards} device "

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import transformers
 from reference import randomized
+from reference_blip import CLASSES as BLIP
+from reference_blip import DEC as BLIP_DEC
+from reference_blip import random_blip
 from reference_t5 import VARIANTS, with_own_head
 from tiny_checkpoints import (
     CLIP_TEXT,
@@ -21,6 +24,7 @@ from tiny_checkpoints import (
     WORDS,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from jaxblip.interop.processors import ImageProcessing
@@ -32,14 +36,16 @@ LLAMA = dict(
     eos_token_id=2, pad_token_id=1, max_position_embeddings=32,
 )  # fmt: skip
 T5 = dict(
-    model_type="t5", vocab_size=VOCAB, d_model=16, d_kv=6, d_ff=24, num_layers=2,
-    num_decoder_layers=3, num_heads=4, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
+    model_type="t5", vocab_size=VOCAB, d_model=16, d_kv=6, d_ff=24, num_layers=3,
+    num_decoder_layers=2, num_heads=4, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
     **VARIANTS["blip2"],
 )  # fmt: skip
 BERT = dict(
     vocab_size=WORDS - 1, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
     intermediate_size=24, max_position_embeddings=8,
 )  # fmt: skip
+INSTRUCTBLIP = "InstructBlipForConditionalGeneration"
+OVER_ANY = ("Blip2ForConditionalGeneration", INSTRUCTBLIP)  # over any language model
 LANGUAGE_MODELS = {"opt": OPT, "llama": LLAMA, "t5": T5}
 OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -50,11 +56,22 @@ def tokenizer(size: int, first: list[str], last: list[str] = (), **special):
     vocabulary = {word: i for i, word in enumerate([*first, *words, *last])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # As published ones do: BERT's text has both ends, a decoder's a beginning, an encoder's an end.
+    start = special.get("cls_token", special.get("bos_token"))
+    end = special.get("sep_token", None if start else special["eos_token"])
+    parts = [token for token in (start, "$A", end) if token]
+    ids = [(token, vocabulary[token]) for token in parts if token != "$A"]
+    backend.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def tokenizer_of(name: str):
-    """That of a kind of model: bert, clip, t5, or a language model."""
+    """That of a kind of model: bert, blip, clip, t5, or a language model."""
+    if name == "blip":  # ids as in `reference_blip`; as published, without [DEC] and [ENC]
+        return tokenizer(
+            BLIP_DEC, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], pad_token="[PAD]",
+            unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        )  # fmt: skip
     if name == "bert":
         return tokenizer(
             WORDS - 1, OF_BERT, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
@@ -76,6 +93,8 @@ def random_model(
     name: str, language_model: str = "opt", vision: dict | None = None, seed: int = 0
 ):
     """A tiny model of the transformers class `name`, with every parameter random."""
+    if name in BLIP:
+        return random_blip(name, seed, talkative=True)
     vision = VISION | (vision or {})
     if name == "CLIPModel":
         config = transformers.CLIPConfig(
@@ -87,6 +106,14 @@ def random_model(
         config = transformers.SiglipVisionConfig(**vision)
     elif name == "BertModel":
         config = transformers.BertConfig(**BERT)
+    elif name == INSTRUCTBLIP:
+        config = transformers.InstructBlipConfig(
+            vision_config=vision,
+            qformer_config=QFORMER,
+            text_config=LANGUAGE_MODELS[language_model],
+            image_token_index=IMAGE_TOKEN,
+            num_query_tokens=QUERIES,
+        )
     elif name.startswith("Blip2"):
         retrieval = name == "Blip2ForImageTextRetrieval"
         config = transformers.Blip2Config(
@@ -102,19 +129,22 @@ def random_model(
         fields = dict(LANGUAGE_MODELS[kind])
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = getattr(transformers, name)(config)
-    if "T5" in name or (name.startswith("Blip2For") and language_model == "t5"):
+    if "T5" in name or (name in OVER_ANY and language_model == "t5"):
         with_own_head(getattr(model, "language_model", model))
     model = randomized(model, seed, scale=0.2)
     with torch.no_grad():
         for parameter, value in model.named_parameters():
             if parameter.endswith("qkv.bias"):  # published checkpoints have no key bias
                 value[len(value) // 3 : 2 * len(value) // 3] = 0
+        if name in OVER_ANY:  # nothing says the placeholder
+            model.language_model.lm_head.weight[IMAGE_TOKEN] = 0
     return model
 
 
 KINDS = {
     "Blip2ForImageTextRetrieval": "bert",
     "BertModel": "bert",
+    **dict.fromkeys(BLIP, "blip"),
     "CLIPModel": "clip",
     "OPTForCausalLM": "opt",
     "LlamaForCausalLM": "llama",
@@ -126,12 +156,16 @@ def publish(folder: Path, name: str, language_model: str = "opt", **fields):
     """The model, and `folder` with all that belongs to it."""
     model = random_model(name, language_model, **fields)
     model.save_pretrained(folder)
-    kind = language_model if name == "Blip2ForConditionalGeneration" else KINDS.get(name)
+    kind = language_model if name in OVER_ANY else KINDS.get(name)
     if kind:
         made = tokenizer_of(kind)
         if name == "Blip2ForImageTextRetrieval":
             made.add_tokens(["[DEC]"], special_tokens=True)
         made.save_pretrained(folder)
+    if name == INSTRUCTBLIP:
+        made = tokenizer_of("bert")
+        made.add_tokens(["[DEC]"], special_tokens=True)
+        made.save_pretrained(folder / "qformer_tokenizer")
     if hasattr(model.config, "vision_config") or "Vision" in name:
         size = getattr(model.config, "vision_config", model.config).image_size
         content = ImageProcessing(size, mean=MEAN, std=STD).to_hf()

@@ -46,7 +46,10 @@ def tiny_config(task, language_model="opt"):
         config.model.language_model.update(BLOCKS)
         config.init.language_model = "random"
         config.eval.num_beams, config.eval.max_new_tokens = 1, NEW
-    if task == "stage2" and language_model == "opt":
+    if task == "instruct":
+        config.data.max_text_tokens, config.data.max_instruction_tokens = 32, 16
+        config.eval.min_new_tokens, config.eval.length_penalty = 0, 0.0
+    if task in ("instruct", "stage2") and language_model == "opt":
         config.model.language_model.update(max_positions=64, initializer_range=0.3)
     if language_model == "t5":
         config.model.language_model.update(num_decoder_layers=1, head_width=8)
@@ -69,20 +72,26 @@ def models(tmp_path_factory):
         patch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
         train(tiny_config("stage2"), str(folder))
     opt = jaxblip.load(folder)
-    return {"opt": opt, "t5": untrained("stage2", opt, "t5"), "stage1": untrained("stage1", opt)}
+    return {
+        "opt": opt,
+        "t5": untrained("stage2", opt, "t5"),
+        "instruct": untrained("instruct", opt),
+        "stage1": untrained("stage1", opt),
+    }
 
 
 def untrained(task, other, language_model="opt"):
     """A model with random parameters, and the tokenizer of another one."""
     tokenizer = other._run.tokenizer
-    config = inputs.with_vocabulary(tiny_config(task, language_model), tokenizer)
+    other = tokenizer if task == "instruct" else None  # one that serves both
+    config = inputs.with_vocabulary(tiny_config(task, language_model), tokenizer, other)
     task = make_task(config.lock())
     mesh = make_mesh({}, jax.devices()[:1])
     params = jax.device_put(random_params(task), jax.devices()[0])
-    return Model(Run(task, tokenizer, mesh, params, {}, step=0), "somewhere")
+    return Model(Run(task, tokenizer, mesh, params, {}, 0, other), "somewhere")
 
 
-@pytest.fixture(params=["opt", "t5"])
+@pytest.fixture(params=["opt", "t5", "instruct"])
 def model(models, request):
     return models[request.param]
 
@@ -111,7 +120,9 @@ def log_likelihoods(model, images, prompts, candidates):
     text, task = model._text, model.task
     pairs = [(i, p, c) for i, p in zip(images, prompts, strict=True) for c in candidates]
     pixels = task.normalize_images(np.stack([image for image, _, _ in pairs]))
-    before = [text.prompt_tokens(prompt) for _, prompt, _ in pairs]
+    before = [text.prompt(prompt).tokens for _, prompt, _ in pairs]
+    asked = [text.prompt(prompt).instruction for _, prompt, _ in pairs]
+    instruction = padded(asked) if any(asked) else ()
     after = [text.candidate_tokens(prompt, candidate) for _, prompt, candidate in pairs]
     if inputs.has_encoder(task.config):
         arrays, starts = (*padded(after), *padded(before)), [0] * len(pairs)
@@ -119,6 +130,7 @@ def log_likelihoods(model, images, prompts, candidates):
         both = [first + second for first, second in zip(before, after, strict=True)]
         arrays, starts = padded(both), map(len, before)
     params = merge_params(model._run.params, model._run.frozen)
+    arrays = (*arrays, *(None,) * (4 - len(arrays)), *instruction)
     logits = jax.jit(task.model.apply)({"params": params}, pixels, *arrays)
     scores = np.asarray(jax.nn.log_softmax(logits))
     sums = [
@@ -242,6 +254,32 @@ def test_questions_have_the_prompts_of_blip2(models):
     assert opt.question_prompt("who?", prompt="{} Say") == "who? Say"
 
 
+def test_a_run_with_instructions_is_asked_as_it_was_trained(models):
+    model = models["instruct"]
+    assert model.question_prompt(" Why? ") == "Why?"
+    images, asked = pictures(2), ["what is left?", "a small red circle"]
+    assert model.caption(images) == model.caption(images, "A short image description.")
+    together = model.caption(images * 2, [text for text in asked for _ in images])
+    assert together == [*model.caption(images, asked[0]), *model.caption(images, asked[1])]
+    assert len(set(together)) > 2
+    # The Q-Former reads the prompt, whatever the language model reads.
+    text, params = model._text, model._params
+    prompts = [text.prompt(words) for words in asked]
+    candidates = [[text.candidate_tokens(asked[0], words) for words in ("a red circle", "blue")]]
+    given = [prompts[0]._replace(instruction=prompt.instruction) for prompt in prompts]
+    scores = [text.rank(params, np.stack(images[:1]), [prompt], candidates) for prompt in given]
+    np.testing.assert_array_equal(
+        scores[0], model.rank(images[:1], ["a red circle", "blue"], asked[0])
+    )
+    assert np.abs(scores[0] - scores[1]).max() > 1e-2
+    # Of more words than the Q-Former has positions, and the run was trained on, the last ones stay.
+    long, last = "red " * 600 + "blue", text.prompt("red blue").instruction[1:]
+    of_user, of_example = text.prompt(long).instruction, text.prompt_of_example(long).instruction
+    assert (len(of_user), len(of_example)) == (512, 16)
+    assert of_user[0] == of_example[0] and of_user[-3:] == of_example[-3:] == last
+    assert len(text.prompt_of_example(long).tokens) == 16 < len(text.prompt(long).tokens)
+
+
 def test_images_of_every_form(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
@@ -290,7 +328,7 @@ BAD_CALLS = {
     "other numbers": (lambda m: m.caption(pictures(2), ["a"] * 3), "2 images and 3 texts"),
     "no candidate": (lambda m: m.rank(pictures(1), []), "must be a list"),
     "an empty candidate": (lambda m: m.rank(pictures(1), ["a", " "]), "number 1 of 2 is empty"),
-    "no embeddings": (lambda m: m.embed_images(pictures(1)), "name a run of stage1 or clip"),
+    "no embeddings": (lambda m: m.embed_images(pictures(1)), "run of stage1 or blip_retrieval or clip"),
 }  # fmt: skip
 
 

@@ -88,6 +88,8 @@ CASES = {
     "unknown field": ({"optimizer.peek_lr": 1}, ["'optimizer.peek_lr'", "optimizer.peak_lr"]),
     "wrong type": ({"steps": "many"}, ["--config.steps=many", "int"]),
     "batch size": ({"batch_size": 12}, ["batch_size=12", "multiple of 8"]),
+    "no batch": ({"batch_size": -8}, ["batch_size=-8", "at least 1"]),
+    "negative rate": ({"optimizer.peak_lr": -1.0}, ["optimizer.peak_lr=-1.0", "negative"]),
     "mesh": ({"mesh.data": 3}, ["mesh.data=3", "8 device"]),
     "no such source": ({"data.train": "nothing"}, ["'nothing'", "shapes:train"]),
     "no source": ({"data.train": ""}, ["config.data.train"]),
@@ -128,6 +130,21 @@ def test_a_config_file_that_does_not_exist(tmp_path, capfd):
     assert "'no/such.py' does not exist" in capfd.readouterr().err
 
 
+def test_a_config_file_that_is_no_python(tmp_path, capfd):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config():\n    return (\n")
+    assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]) == 2
+    message = capfd.readouterr().err
+    assert str(file) in message and "line 2" in message and message.count("\n") == 1
+
+
+def test_another_tasks_work_directory(vision_run, capfd, compilations):
+    assert train(vision_run, "stage1", **{"init.vision": vision_run}) == 2
+    message = capfd.readouterr().err
+    assert "a checkpoint of the task clip, and the config is of stage1: choose another" in message
+    assert not compilations
+
+
 def test_a_frozen_part_without_weights(tmp_path, capfd, compilations):
     assert train(tmp_path / "run", "stage1", **{"init.vision": ""}) == 2
     assert "'vision' is frozen but has no weights" in capfd.readouterr().err
@@ -149,7 +166,9 @@ def test_a_source_run_of_another_size(vision_run, tmp_path, capfd):
 
 def test_another_configs_work_directory(vision_run, capfd, compilations):
     assert train(vision_run, seed=7) == 2
-    assert "seed was 42, is now 7" in capfd.readouterr().err
+    message = capfd.readouterr().err
+    assert "seed was 42, is now 7" in message
+    assert f"--config.init.all={vision_run} trains on" in message
     assert not compilations
 
 

@@ -106,6 +106,65 @@ def test_the_repositorys_values_are_a_variant(name):
 def test_a_recipe_that_does_not_exist():
     with pytest.raises(UserError, match="'fast'.*'paper'.*'lavis'"):
         load("blip2/stage1_vit_g.py:fast")
+    with pytest.raises(UserError, match="'huge' of the task blip_caption: use 'base' or 'large'"):
+        load("blip/caption.py:huge")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "large_lr", "epochs", "size"),
+    [
+        ("caption", 1e-5, 2e-6, 5, 384),
+        ("retrieval", 1e-5, 5e-6, 6, 384),
+        ("vqa", 2e-5, None, 10, 480),
+    ],
+)
+def test_blip_is_fine_tuned_as_in_its_paper(name, peak_lr, large_lr, epochs, size):
+    """Table 14, and the YAML files of the authors."""
+    config = load(f"blip/{name}.py")
+    optimizer = config.optimizer
+    assert (config.batch_size, config.data.image_size_px) == (256, size)
+    assert (optimizer.peak_lr, optimizer.min_lr, optimizer.weight_decay) == (peak_lr, 0.0, 0.05)
+    examples = 658_111 if name == "vqa" else 566_747
+    assert config.steps == epochs * examples // 256 and config.frozen == ()
+    assert config.model.vision.width == 768 and config.data.randaugment
+    if large_lr is None:
+        with pytest.raises(UserError, match="no recipe 'large'"):
+            load(f"blip/{name}.py:large")
+    else:
+        large = load(f"blip/{name}.py:large")
+        assert (large.optimizer.peak_lr, large.model.vision.num_layers) == (large_lr, 24)
+        assert large.steps == config.steps
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "length"),
+    [("vicuna_7b", 128, 384), ("flan_t5_xl", 192, 256)],
+)
+def test_instructblip_is_trained_as_in_its_paper(name, batch_size, length):
+    """§2.6, and X-InstructBLIP's YAML file; the defaults of the task are the same."""
+    config = load(f"blip2/instructblip_{name}.py")
+    optimizer, data = config.optimizer, config.data
+    assert (config.steps, config.batch_size) == (60_000, batch_size)
+    assert (optimizer.warmup_init_lr, optimizer.peak_lr, optimizer.min_lr) == (1e-8, 1e-5, 0.0)
+    assert (optimizer.warmup_steps, optimizer.b1, optimizer.b2) == (1000, 0.9, 0.999)
+    assert (optimizer.weight_decay, data.flip_probability, data.crop_scale) == (0.05, 0, (0.9, 1))
+    assert data.max_instruction_tokens == data.get("max_input_tokens", 128) == 128
+    assert data.max_text_tokens == length
+    assert (data.prompt, data.max_words) == ("{}", 0)
+    assert config.frozen == ("vision", "language_model")
+    defaults = defaults_of(config)
+    assert optimizer.to_dict() == defaults.optimizer.to_dict()
+    differing = {field for field in data if data[field] != defaults.data[field]}
+    assert differing <= {"tokenizer", "qformer_tokenizer"}
+    with pytest.raises(UserError, match="one recipe, and none is called 'paper'"):
+        load(f"blip2/instructblip_{name}.py:paper")
+
+
+def test_blips_captions_have_the_lengths_of_its_code():
+    """Of 5 to 20 tokens, counted with [DEC] and the prompt's three."""
+    config = load("blip/caption.py")
+    assert config.data.prompt == "a picture of " and config.eval.num_beams == 3
+    assert (config.eval.min_new_tokens + 4, config.eval.max_new_tokens + 4) == (5, 20)
 
 
 # Overrides
@@ -238,11 +297,14 @@ def test_a_config_imports_the_neighbour_of_its_own_folder(tmp_path):
 def test_the_defaults_are_for_the_task(task):
     config = default_config(task)
     assert config.task == task
-    assert ("rerank_top_k" in config.eval) == (task == "stage1")
-    assert ("num_beams" in config.eval) == (task == "stage2")
+    assert ("rerank_top_k" in config.eval) == (task in ("stage1", "blip_retrieval"))
+    assert ("num_beams" in config.eval) == (
+        task in ("stage2", "instruct", "blip_caption", "blip_vqa")
+    )
+    assert ("qformer_tokenizer" in config.data) == (task == "instruct")
 
 
-@pytest.mark.parametrize("task", ["language_model", "stage2"])
+@pytest.mark.parametrize("task", ["instruct", "language_model", "stage2"])
 @pytest.mark.parametrize("architecture", LANGUAGE_MODELS)
 def test_the_language_model_has_the_fields_of_its_architecture(task, architecture):
     config = default_config(task, language_model=architecture)
@@ -250,7 +312,7 @@ def test_the_language_model_has_the_fields_of_its_architecture(task, architectur
     fields = {field.name for field in dataclasses.fields(kind)}
     assert set(config.model.language_model) == fields | {"architecture"}
     assert type(language_model_config(config)) is kind
-    assert ("prefix_lm" in config.loss) == (architecture == "t5")
+    assert ("prefix_lm" in config.loss) == (architecture == "t5" and task != "instruct")
     assert ("max_input_tokens" in config.data) == (architecture == "t5")
 
 

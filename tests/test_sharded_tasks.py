@@ -20,6 +20,8 @@ def config(task):
         config.model.qformer.hidden_dropout = 0.1
     elif "language_model" in config.model:
         config.model.language_model.dropout = 0.1
+    elif "hidden_dropout" in config.model.get("text", {}):
+        config.model.text.hidden_dropout = 0.1
     return config
 
 

@@ -23,7 +23,13 @@ from jaxtyping import Int, UInt8
 
 from jaxblip.data import images
 from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample, Source, counts_as_text
-from jaxblip.data.text import clean_caption
+from jaxblip.data.text import (
+    INSTRUCTION,
+    clean_caption,
+    clean_question,
+    fill_prompt,
+    join_prompt,
+)
 from jaxblip.data.tokenizers import TextEncoder
 from jaxblip.errors import RunStopped
 
@@ -35,6 +41,8 @@ FIELDS = (
     "input_mask",
     "image_id",
     "prompt_length",
+    "instruction_ids",
+    "instruction_mask",
 )
 
 _COUNTED = SKIP_REASONS + CONVERSIONS
@@ -52,13 +60,17 @@ class Preprocess:
       fields: which of FIELDS to make; without "image" no image is decoded.
       image_size_px: side of the images: uint8 [size, size, 3].
       encoder: texts to ids; needed for all fields but "image" and "image_id".
-      prompt: stands before every caption, as it is (see `clean_caption`).
-      max_words: of a caption, without the prompt.
+      prompt: stands before every caption, and {} in it for the example's instruction.
+      max_words: of a caption or an instruction, without the prompt; 0 leaves both as they are
+        written.
       captions_per_text: captions of one image that follow each other in its text.
       max_input_tokens: length of "input_ids". With this field, the text is divided: the prompt is
         the input, and "text_ids" is the rest.
       prefix_lm: the input also has the first words of the captions, a random number of them; at
         least one word is left.
+      instruction_encoder: the prompt (without one, the instruction by itself) to "instruction_ids".
+      max_instruction_tokens: of the prompt that stands before a caption, BOS included: of a longer
+        one the first tokens are left out; 0 for no limit.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
       randaugment: whether to add BLIP's RandAugment.
@@ -73,6 +85,8 @@ class Preprocess:
     captions_per_text: int = 1
     max_input_tokens: int = 0
     prefix_lm: bool = False
+    instruction_encoder: TextEncoder | None = None
+    max_instruction_tokens: int = 0
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
@@ -85,6 +99,8 @@ class Preprocess:
             raise ValueError(f"unknown batch fields {sorted(unknown)}; known are {FIELDS}")
         if self.encoder is None and set(self.fields) - {"image", "image_id"}:
             raise ValueError(f"fields {self.fields} need an encoder for the text")
+        if self.instruction_encoder is None and self._has("instruction"):
+            raise ValueError(f"fields {self.fields} need an encoder for the instruction")
 
     def __call__(
         self, example: dict[str, Any], rng: np.random.Generator, conversions: Counter
@@ -92,23 +108,41 @@ class Preprocess:
         """Arrays of one example, without a batch axis; adds to `conversions`.
 
         Raises:
-          BadSample: no caption has a word, or the image cannot be decoded.
+          BadSample: no caption has a word, or the instruction has none and is needed, or the image
+            cannot be decoded.
         """
         captions = self._captions(example["captions"], rng)
-        texts = [self.prompt + caption for caption in captions]
-        arrays = {}
-        if "input_ids" in self.fields or "input_mask" in self.fields:
-            inputs, texts = self._divided(captions, rng)
+        instruction = self._instruction(example)
+        prompt = fill_prompt(self.prompt, instruction)
+        texts, skip, arrays = [join_prompt(prompt, caption) for caption in captions], 0, {}
+        if self._has("input"):
+            inputs, texts = self._divided(captions, prompt, rng)
             arrays["input_ids"], arrays["input_mask"] = self._input_row(inputs)
-        if "text_ids" in self.fields or "text_mask" in self.fields:
-            arrays["text_ids"], arrays["text_mask"] = self.encoder.row(texts)
+        elif self.max_instruction_tokens and prompt:
+            skip = max(0, len(self.encoder.prompt_ids(prompt)) - self.max_instruction_tokens)
+        if self._has("text"):
+            arrays["text_ids"], arrays["text_mask"] = self.encoder.row(texts, skip)
         if "prompt_length" in self.fields:
-            arrays["prompt_length"] = np.int32(self.encoder.prompt_length(self.prompt))
+            arrays["prompt_length"] = np.int32(self.encoder.prompt_length(prompt, skip))
+        if self._has("instruction"):
+            row = self.instruction_encoder.row([prompt or instruction])
+            arrays["instruction_ids"], arrays["instruction_mask"] = row
         if "image_id" in self.fields:
             arrays["image_id"] = np.int32(example["image_id"])
         if "image" in self.fields:
             arrays["image"] = self._image(example["image"], rng, conversions)
         return {field: arrays[field] for field in self.fields}
+
+    def _has(self, name: str) -> bool:
+        return not {f"{name}_ids", f"{name}_mask"}.isdisjoint(self.fields)
+
+    def _instruction(self, example: dict[str, Any]) -> str:
+        """That of the example, where the prompt or a field reads it."""
+        if not (INSTRUCTION in self.prompt or (self._has("instruction") and not self.prompt)):
+            return ""
+        if found := clean_question(example["instruction"], self.max_words).strip():
+            return found
+        raise BadSample("empty instruction", f"captions {list(example['captions'])}")
 
     def _captions(self, captions: Sequence[str], rng: np.random.Generator) -> list[str]:
         """The first `captions_per_text` that have a word, in random order, without the prompt."""
@@ -122,17 +156,17 @@ class Preprocess:
         raise BadSample("empty caption", f"captions {list(captions)}")
 
     def _divided(
-        self, captions: Sequence[str], rng: np.random.Generator
+        self, captions: Sequence[str], prompt: str, rng: np.random.Generator
     ) -> tuple[list[str], list[str]]:
-        """The texts of prompt and captions, before and behind a word (the first, or a random one)."""
+        """Prompt and captions before and behind a word: the first, or a random one."""
         words = [caption.split(" ") for caption in captions]
         place = int(rng.integers(sum(map(len, words)))) if self.prefix_lm else 0
         index = 0
         while place >= len(words[index]):
             place, index = place - len(words[index]), index + 1
-        texts = [self.prompt + caption for caption in captions]
+        texts = [join_prompt(prompt, caption) for caption in captions]
         before, behind = " ".join(words[index][:place]), " ".join(words[index][place:])
-        return [*texts[:index], self.prompt + before], [behind, *texts[index + 1 :]]
+        return [*texts[:index], join_prompt(prompt, before)], [behind, *texts[index + 1 :]]
 
     def _input_row(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = input_tokens(self.encoder, texts, self.max_input_tokens)
@@ -341,9 +375,9 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.close()
 
     def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
-        self._first_bad = self._first_bad or batch["first_bad"]
         bad = self.skipped.total()
         none_found = batch["arrays"] is None
+        self._first_bad = self._first_bad or batch["first_bad"]
         judged = self.examined >= self._min_examined and bad > self._max_bad_share * self.examined
         if not (none_found or judged):
             return
@@ -362,29 +396,41 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """A whole evaluation set in memory, one entry a distinct image.
+    """A whole evaluation set in memory: its distinct images, and what is said about them.
+
+    There is one entry an image, or where instructions are read, one an image and instruction.
 
     Attributes:
       images: as evaluation sees them (`images.resize_square`).
-      captions: of each image, cleaned, without duplicates, from every example that shows it.
-      image_ids: of the source.
+      captions: of each entry, cleaned, without duplicates, from every example of it.
+      image_ids: of each entry, as in the source.
+      rows: the image of each entry; without instructions entry i is about image i.
+      instructions: of each entry, cleaned; "" where none are read.
       skipped: reason -> number of examples left out.
       converted: conversion -> number of images.
     """
 
     images: UInt8[np.ndarray, "images size size 3"]
     captions: list[list[str]]
-    image_ids: Int[np.ndarray, "images"]
+    image_ids: Int[np.ndarray, " entries"]
+    rows: Int[np.ndarray, " entries"]
+    instructions: list[str]
     skipped: Counter
     converted: Counter
 
 
 def iterate_eval_images(
-    source: Source, image_size_px: int, max_pixels: int, max_words: int, max_images: int = 0
+    source: Source,
+    image_size_px: int,
+    max_pixels: int,
+    max_words: int,
+    max_images: int = 0,
+    instructions: bool = False,
 ) -> EvalSet:
     """Reads a source once, in order; bad examples are left out and counted.
 
     Args:
+      instructions: whether those of the examples are read.
       max_images: the first so many distinct images, with the captions met until then; 0 for all.
 
     Raises:
@@ -392,7 +438,8 @@ def iterate_eval_images(
     """
     skipped, conversions = Counter(), Counter()
     pixels: dict[int, np.ndarray] = {}
-    captions: dict[int, dict[str, None]] = {}  # a dict, because it keeps its order
+    # By image and instruction; dicts, because they keep their order.
+    captions: dict[tuple[int, str], dict[str, None]] = {}
     for index in range(len(source)):
         if max_images and len(pixels) == max_images:
             break
@@ -403,6 +450,10 @@ def iterate_eval_images(
             cleaned = [caption for caption in cleaned if caption]
             if not cleaned:
                 raise BadSample("empty caption")
+            instruction = example["instruction"] if instructions else ""
+            instruction = clean_question(instruction, max_words).strip()
+            if instructions and not instruction:
+                raise BadSample("empty instruction")
             if image_id not in pixels:
                 if isinstance(image, bytes):
                     image = images.decode_image(image, max_pixels, conversions)
@@ -410,15 +461,18 @@ def iterate_eval_images(
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue
-        captions.setdefault(image_id, {}).update(dict.fromkeys(cleaned))
+        captions.setdefault((image_id, instruction), {}).update(dict.fromkeys(cleaned))
     if not pixels:
         raise RunStopped(
             f"none of {len(source)} examples can be evaluated: {counts_as_text(skipped)}; fix them"
         )
+    order = {image_id: row for row, image_id in enumerate(pixels)}
     return EvalSet(
         images=np.stack(list(pixels.values())),
-        captions=[list(captions[image_id]) for image_id in pixels],
-        image_ids=np.array(list(pixels), np.int64),
+        captions=[list(texts) for texts in captions.values()],
+        image_ids=np.array([image_id for image_id, _ in captions], np.int64),
+        rows=np.array([order[image_id] for image_id, _ in captions]),
+        instructions=[instruction for _, instruction in captions],
         skipped=skipped,
         converted=conversions,
     )

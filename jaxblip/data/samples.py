@@ -13,6 +13,7 @@ SKIP_REASONS = (
     "gigantic image",
     "unsupported image",
     "empty caption",
+    "empty instruction",
 )
 CONVERSIONS = (
     "converted CMYK",
@@ -44,9 +45,14 @@ class Source(Protocol):
     """Random access to examples; small when pickled, because every worker gets a copy.
 
     An example is `{"image": bytes | uint8 [H, W, 3], "captions": [str, ...], "image_id": int}`.
-    Examples with the same `image_id` show the same picture. `__getitem__` raises `BadSample` for
-    an example that cannot be read. A source may also have `without_images()`, which returns a
-    copy of itself whose examples lack "image": what runs on text alone asks for it.
+    Examples with the same `image_id` show the same picture. Of the captions one is drawn each time;
+    repeats are weights. `__getitem__` raises `BadSample` for an example that cannot be read.
+
+    An example may also have "instruction": str, a question or what else the captions answer. Where
+    all have one, `has_instructions` is True.
+
+    A source may also have `without_images()`, which returns a copy of itself whose examples lack
+    "image": what runs on text alone asks for it.
     """
 
     def __len__(self) -> int: ...

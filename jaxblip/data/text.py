@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+INSTRUCTION = "{}"  # its place in a prompt
 _PUNCTUATION = '.!"()*#:;~'
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _TO_NOTHING = str.maketrans("", "", _PUNCTUATION)
@@ -13,10 +14,14 @@ _WHITESPACE_RUN = re.compile(r"\s{2,}")
 def clean_caption(text: str, max_words: int = 50, prompt: str = "") -> str:
     """Lower-cases, drops some punctuation, keeps `max_words` words, and puts `prompt` in front.
 
+    With `max_words` 0 a text stays as it is written, but for white space around it.
+
     Follows LAVIS `blip_caption`, in its order: the prompt is neither cleaned nor counted, and
     stands before the caption as it is, so it ends with a space where one is wanted. Commas,
     apostrophes, hyphens, slashes and question marks stay.
     """
+    if not max_words:
+        return prompt + text.strip()
     text = text.lower().translate(_TO_SPACES)
     text = _WHITESPACE_RUN.sub(" ", text).rstrip("\n").strip(" ")
     return prompt + " ".join(text.split(" ")[:max_words])
@@ -24,5 +29,18 @@ def clean_caption(text: str, max_words: int = 50, prompt: str = "") -> str:
 
 def clean_question(text: str, max_words: int = 50) -> str:
     """Like `clean_caption`, but punctuation is deleted, not replaced (LAVIS `blip_question`)."""
+    if not max_words:
+        return text.strip()
     text = text.lower().translate(_TO_NOTHING).rstrip(" ")
     return " ".join(text.split(" ")[:max_words])
+
+
+def fill_prompt(prompt: str, instruction: str) -> str:
+    """`prompt` with the instruction, or question, where it has {}; no other brace counts."""
+    before, place, after = prompt.partition(INSTRUCTION)
+    return before + instruction + after if place else prompt
+
+
+def join_prompt(prompt: str, text: str) -> str:
+    """The text behind the prompt, with one space between them, as a generated text follows it."""
+    return f"{prompt.rstrip()} {text}" if prompt.strip() else text

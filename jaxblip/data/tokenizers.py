@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 DEC_TOKEN = "[DEC]"  # starts a generated text in stage 1, where [CLS] starts an understood one
+ENC_TOKEN = "[ENC]"  # starts a text that BLIP reads with its image
 _SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", DEC_TOKEN]
 _MAX_ALPHABET = 1000  # characters that get an entry of their own; rarer ones become [UNK]
 
@@ -89,8 +90,13 @@ def _alphabet(words: Iterable[str]) -> tuple[list[str], list[str]]:
     return sorted(common), [f"##{character}" for character in sorted(within & set(common))]
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, field: str = "data.tokenizer"
+) -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer of a model name or a folder; remote code is never run.
+
+    Args:
+      field: of the config that names it, for messages.
 
     Raises:
       UserError: it cannot be found or read, or has no padding token.
@@ -102,13 +108,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"data.tokenizer={str(name_or_path)!r} is no tokenizer that can be loaded ({reason}); "
+            f"{field}={str(name_or_path)!r} is no tokenizer that can be loaded ({reason}); "
             "give a folder written by save_pretrained or a name on the Hugging Face hub, "
             "or leave it empty to train one on the captions"
         ) from error
     if tokenizer.pad_token_id is None:
         raise UserError(
-            f"data.tokenizer={str(name_or_path)!r} has no padding token, which batches need; "
+            f"{field}={str(name_or_path)!r} has no padding token, which batches need; "
             "set its pad_token, save it with save_pretrained and name that folder"
         )
     return tokenizer
@@ -126,6 +132,14 @@ def add_dec_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Adds [DEC] and [ENC] as BLIP does to BERT's tokenizer (30,522 to 30,524 entries)."""
+    add_dec_token(tokenizer)
+    if ENC_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([ENC_TOKEN], special_tokens=True)
+    return tokenizer
+
+
 class TextEncoder:
     """Texts into right-padded ids and masks, for the Q-Former or for a language model.
 
@@ -140,6 +154,7 @@ class TextEncoder:
       max_tokens: length of every row, special tokens included.
       kind: "qformer" or "language_model".
       stop_token: text that is exactly one token; only for "language_model".
+      truncation: the end of a text at which "qformer" leaves out words where it is too long.
 
     Raises:
       UserError: the tokenizer lacks a token that `kind` needs, or `stop_token` is not one token.
@@ -151,6 +166,7 @@ class TextEncoder:
         max_tokens: int,
         kind: Literal["qformer", "language_model"],
         stop_token: str | None = None,
+        truncation: Literal["left", "right"] = "right",
     ):
         if kind not in ("qformer", "language_model"):
             raise ValueError(f"kind is 'qformer' or 'language_model', not {kind!r}")
@@ -166,6 +182,7 @@ class TextEncoder:
         self._tokenizer.encode_special_tokens = True
         self.max_tokens = max_tokens
         self.kind = kind
+        self.truncation = truncation
         self.pad_id = _require(tokenizer, "pad_token")
         if kind == "qformer":
             # CLIP's tokenizer has begin and end tokens of text under the other names.
@@ -192,24 +209,32 @@ class TextEncoder:
         return ids, mask
 
     def row(
-        self, texts: Sequence[str]
+        self, texts: Sequence[str], skip: int = 0
     ) -> tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
-        """One row of ids and its mask: the texts one after the other, each with start and stop."""
-        tokens = [token for text in texts for token in self._tokens(text)][: self.max_tokens]
+        """One row of ids and its mask: the texts one after the other, each with start and stop.
+
+        Args:
+          skip: tokens behind the start that are left out of each text.
+        """
+        tokens = [token for text in texts for token in self._tokens(text, skip)]
+        tokens = tokens[: self.max_tokens]
         padding = self.max_tokens - len(tokens)
         ids = np.array(tokens + [self.pad_id] * padding, np.int32)
         return ids, np.arange(self.max_tokens) < len(tokens)
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: str, skip: int = 0) -> int:
         """Number of leading tokens, BOS included, that an encoded `prompt + caption` owes to it.
 
         Trailing spaces belong to the first word of the caption in byte-pair vocabularies, so
         they are not counted. 0 for an empty prompt: then BOS is nobody's but the caption's.
+
+        Args:
+          skip: as in `row`.
         """
         prompt = prompt.rstrip()
         if not prompt:
             return 0
-        length = (self.start_id is not None) + len(self._words(prompt))
+        length = (self.start_id is not None) + len(self._words(prompt)) - skip
         return min(length, self.max_tokens)
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -220,13 +245,15 @@ class TextEncoder:
     def _words(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str, skip: int = 0) -> list[int]:
         start = [] if self.start_id is None else [self.start_id]
-        words = self._words(text)
+        words = self._words(text)[skip:]
         if len(start) + len(words) + 1 <= self.max_tokens:
             return [*start, *words, self.stop_id]
         if self.kind == "qformer":
-            return [*start, *words][: self.max_tokens - 1] + [self.stop_id]
+            room = self.max_tokens - len(start) - 1
+            kept = words[:room] if self.truncation == "right" else words[len(words) - room :]
+            return [*start, *kept, self.stop_id]
         # A STOP after words that were cut off would teach the model to stop in mid-sentence.
         return [*start, *words][: self.max_tokens]
 

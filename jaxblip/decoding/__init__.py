@@ -3,7 +3,7 @@
 from jaxblip.decoding.causal import CausalDecoder
 from jaxblip.decoding.cross_attending import generate_answers, generate_captions
 from jaxblip.decoding.encoder_decoder import EncoderDecoder
-from jaxblip.decoding.generation import generate, generate_from_images, generate_text
+from jaxblip.decoding.generation import generate
 from jaxblip.decoding.search import (
     Decoder,
     DecodingConfig,
@@ -22,8 +22,6 @@ __all__ = [
     "generate",
     "generate_answers",
     "generate_captions",
-    "generate_from_images",
-    "generate_text",
     "greedy_search",
     "run_search",
     "sample_search",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.decoding.causal import reordered
+from jaxblip.decoding.ranking import token_scores
 from jaxblip.decoding.search import DecodingConfig, run_search
 from jaxblip.errors import UserError
 from jaxblip.models.attention import causal_mask
@@ -39,7 +40,7 @@ def generate_captions(
       images: normalised.
       prompt_ids: tokens that the caption begins with, such as "a picture of" behind a first token
         in whose place `[DEC]` stands; without a `[SEP]`. By default `[DEC]` alone.
-      prompt_valid: False at padding, which stands on the left; by default there is none.
+      prompt_valid: False at padding, at either end; by default there is none.
       rng: the key of all draws, where `config.sample`.
 
     Returns:
@@ -55,11 +56,8 @@ def generate_captions(
         prompt_ids = jnp.zeros((len(images), 1), jnp.int32)
     if prompt_valid is None:
         prompt_valid = jnp.ones(prompt_ids.shape, bool)
-    # The first token of a row is behind its padding.
-    is_first = jnp.arange(prompt_ids.shape[1]) == jnp.argmax(prompt_valid, axis=1)[:, None]
-    prompt_ids = jnp.where(is_first, model.dec_token_id, prompt_ids)
-    decoder = CrossAttendingDecoder(MedDecoder(model.text_config, model.dtype), params["decoder"])
-    return _generate(decoder, features, None, prompt_ids, prompt_valid, config, rng)
+    read = image_source(model, features, prompt_ids, prompt_valid)
+    return generate_from_source(model, params, read, config, rng)
 
 
 def generate_answers(
@@ -89,36 +87,139 @@ def generate_answers(
 
     Returns, Raises: as `generate_captions`.
     """
+    features = model.apply({"params": params}, images, method="image_features")
+    read = question_source(model, params, features, question_ids, question_valid)
+    if attend_to_padding:
+        read = read.replace(valid=None)
+    return generate_from_source(model, params, read, config, rng)
 
-    def read(module):
-        return module.read_question(module.image_features(images), question_ids, question_valid)
 
-    question = model.apply({"params": params}, method=read)
-    start_ids = jnp.full((len(question_ids), 1), model.dec_token_id, jnp.int32)
-    decoder = CrossAttendingDecoder(MedDecoder(model.text_config, model.dtype), params["decoder"])
-    return _generate(
-        decoder,
-        question,
-        None if attend_to_padding else question_valid,
-        start_ids,
-        jnp.ones(start_ids.shape, bool),
-        config,
-        rng,
+@flax.struct.dataclass
+class ReadSource:
+    """What the decoder generates a text from, or scores a given one behind.
+
+    Attributes:
+      features: what it looks at: an image's tokens, or a question's states.
+      valid: which of them count; None where there is no padding.
+      prompt_ids: what the text begins with, `[DEC]` first.
+      prompt_valid: False at padding, at either end.
+    """
+
+    features: Float[Array, "batch tokens source_width"]
+    valid: Bool[Array, "batch tokens"] | None
+    prompt_ids: Int[Array, "batch prompt"]
+    prompt_valid: Bool[Array, "batch prompt"]
+
+
+def image_source(
+    model: BlipCaptioner,
+    features: Float[Array, "batch tokens vision_width"],
+    prompt_ids: Int[Array, "batch prompt"],
+    prompt_valid: Bool[Array, "batch prompt"],
+) -> ReadSource:
+    """What captions are generated from; arguments as of `generate_captions`.
+
+    Args:
+      features: of the images, from `BlipCaptioner.image_features`.
+    """
+    # The first token of a row is behind its padding.
+    is_first = jnp.arange(prompt_ids.shape[1]) == jnp.argmax(prompt_valid, axis=1)[:, None]
+    prompt_ids = jnp.where(is_first, model.dec_token_id, prompt_ids)
+    return ReadSource(features, None, prompt_ids, prompt_valid)
+
+
+def question_source(
+    model: BlipQuestionAnswering,
+    params: Any,
+    features: Float[Array, "batch tokens vision_width"],
+    question_ids: Int[Array, "batch text"],
+    question_valid: Bool[Array, "batch text"],
+) -> ReadSource:
+    """What answers are generated from; arguments as of `generate_answers`.
+
+    Args:
+      features: of the images, from `BlipQuestionAnswering.image_features`.
+    """
+    question = model.apply(
+        {"params": params}, features, question_ids, question_valid, method="read_question"
     )
+    start_ids = jnp.full((len(question_ids), 1), model.dec_token_id, jnp.int32)
+    return ReadSource(question, question_valid, start_ids, jnp.ones(start_ids.shape, bool))
 
 
-def _generate(decoder, features, source_valid, prompt_ids, prompt_valid, config, rng):
+def generate_from_source(
+    model: BlipCaptioner | BlipQuestionAnswering,
+    params: Any,
+    read: ReadSource,
+    config: DecodingConfig,
+    rng: jax.Array | None = None,
+) -> Int[Array, "batch new"]:
+    """A text of each row, by the search that `config` asks for; result as of `generate_captions`.
+
+    Args:
+      params: of the model.
+    """
+    decoder = _decoder(model, params)
     logits, state = decoder.prefill(
-        features,
-        source_valid,
-        prompt_ids,
-        prompt_valid,
+        read.features,
+        read.valid,
+        read.prompt_ids,
+        read.prompt_valid,
         config.max_new_tokens,
         copies=config.num_beams,
     )
     # In transformers, too, the prompt counts as said when repetitions are penalized.
-    said = jnp.where(prompt_valid, prompt_ids, -1)
+    said = jnp.where(read.prompt_valid, read.prompt_ids, -1)
     return run_search(decoder, logits, state, config, rng=rng, prompt_ids=said)
+
+
+def source_log_likelihoods(
+    model: BlipCaptioner | BlipQuestionAnswering,
+    params: Any,
+    read: ReadSource,
+    candidate_ids: Int[Array, "batch candidates length"],
+    candidate_valid: Bool[Array, "batch candidates length"],
+) -> Float[Array, "batch candidates"]:
+    """Sum of the log-probabilities of each candidate's tokens behind each row's prompt.
+
+    The candidates of a row share its source.
+
+    Args:
+      params: of the model.
+      candidate_ids, candidate_valid: as in `ranking.candidate_log_likelihoods`.
+    """
+    decoder, (batch, count, length) = _decoder(model, params), candidate_ids.shape
+    prompt_ids, prompt_valid = (
+        jnp.repeat(array, count, axis=0) for array in (read.prompt_ids, read.prompt_valid)
+    )
+    ids, valid = (x.reshape(batch * count, length) for x in (candidate_ids, candidate_valid))
+    # The last token of a candidate is scored, but never read.
+    text_valid = jnp.concatenate([prompt_valid, valid[:, :-1]], axis=1)
+    hidden, _ = decoder.model.apply(
+        {"params": decoder.params},
+        jnp.concatenate([prompt_ids, ids[:, :-1]], axis=1),
+        causal_mask(text_valid),
+        decoder.read_source(read.features),
+        read.valid,
+        positions=token_positions(text_valid),
+    )
+    of_candidates = hidden[:, prompt_ids.shape[1] :]
+    first = last_valid(hidden, prompt_valid)[:, None]
+    hidden = jnp.concatenate([first, of_candidates], axis=1)
+    scores = token_scores(decoder.model, decoder.params, hidden, ids)
+    return jnp.sum(jnp.where(valid, scores, 0.0), axis=1).reshape(batch, count)
+
+
+def last_valid(
+    hidden: Float[Array, "rows length width"], valid: Bool[Array, "rows length"]
+) -> Float[Array, "rows width"]:
+    """The state of each row's last valid position of those that `valid` is about."""
+    index = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+
+
+def _decoder(model: BlipCaptioner | BlipQuestionAnswering, params: Any) -> CrossAttendingDecoder:
+    return CrossAttendingDecoder(MedDecoder(model.text_config, model.dtype), params["decoder"])
 
 
 @flax.struct.dataclass
@@ -182,16 +283,19 @@ class CrossAttendingDecoder:
                 f"decoding max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens needs "
                 f"{length} positions, but the decoder has {limit}: lower max_new_tokens."
             )
-        source = self._apply("read_source", features)
+        source = self.read_source(features)
         cache = empty_cache(self.model.config, batch, length, self.model.dtype)
         state = CrossAttendingState(cache, prompt_valid, source, source_valid)
         mask = jnp.pad(causal_mask(prompt_valid), ((0, 0), (0, 0), (0, 0), (0, room)))
         hidden, cache = self._read(prompt_ids, token_positions(prompt_valid), mask, state, 0)
-        last_valid = prompt - 1 - jnp.argmax(prompt_valid[:, ::-1], axis=1)
-        hidden = jnp.take_along_axis(hidden, last_valid[:, None, None], axis=1)[:, 0]
+        hidden = last_valid(hidden, prompt_valid)
         cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache)
         valid = jnp.repeat(prompt_valid, copies, axis=0)
         return self._apply("logits", hidden), state.replace(cache=cache, prompt_valid=valid)
+
+    def read_source(self, features: Float[Array, "batch tokens source_width"]) -> KeyValues:
+        """Keys and values that all rows of a source look at."""
+        return self._apply("read_source", features)
 
     def step(
         self, ids: Int[Array, " rows"], index: Int[Array, ""], state: CrossAttendingState

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,18 @@ Tokens = Sequence[int]
 SHORTEST_PROMPT = 8  # tokens that prompts of 2 and more are padded to, or to its doubles
 SHORTEST_CANDIDATE = 4  # the same of candidates, stop token included
 RANKED_TOKENS = 4096  # tokens of candidates whose logits are in memory at a time
+
+
+class Prompt(NamedTuple):
+    """What is read before a text.
+
+    Attributes:
+      tokens: by the language model.
+      instruction: by a Q-Former that reads the prompt as well, in its own vocabulary.
+    """
+
+    tokens: Tokens
+    instruction: Tokens = ()
 
 
 class Batch(NamedTuple):
@@ -61,7 +74,6 @@ class ImageToText:
     def __init__(self, task: Stage2Task, tokenizer: Any, mesh: Mesh):
         self.task, self.tokenizer, self.mesh = task, tokenizer, mesh
         self.encoder = inputs.text_encoder(task.config, tokenizer)
-        self._language_model = task.language_model
         self._whole = NamedSharding(mesh, PartitionSpec())
         rows = sharding.batch_sharding(mesh)
         self._encode = jax.jit(self._visual_tokens, out_shardings=rows)
@@ -89,6 +101,14 @@ class ImageToText:
             **(fields | changes),
         )
 
+    def prompt(self, text: str) -> Prompt:
+        """What is read of the words of a user."""
+        return Prompt(self.prompt_tokens(text))
+
+    def prompt_of_example(self, instruction: str = "") -> Prompt:
+        """What is read of an example of training or evaluation, cut off as in training."""
+        return Prompt(inputs.prompt_ids(self.task.config, self.encoder, instruction))
+
     def prompt_tokens(self, text: str) -> list[int]:
         """What the language model reads of a prompt: with BOS, or for an encoder an end token."""
         if inputs.has_encoder(self.task.config):
@@ -114,7 +134,7 @@ class ImageToText:
         self,
         params: Any,
         images: Images,
-        prompts: Sequence[Tokens],
+        prompts: Sequence[Prompt],
         config: DecodingConfig,
         *,
         rows: Sequence[int] | None = None,
@@ -124,7 +144,7 @@ class ImageToText:
 
         Args:
           params: of the whole model.
-          prompts: of each row (`prompt_tokens`); lengths may differ.
+          prompts: of each row (`prompt`); lengths may differ.
           rows: the image of each row; by default row i is about image i.
           seed: of sampling. The draws of a row depend on its place among the rows, and on nothing
             of the others.
@@ -135,11 +155,9 @@ class ImageToText:
         length = self._prompt_length(prompts, config.max_new_tokens)
         texts = []
         for batch in self._batches(images, rows):
-            visual = self._encode(params, self._place(batch.images))
             ids = self._generate(
                 params,
-                visual,
-                *self._row_arrays(batch, prompts, length),
+                *self._row_arrays(params, batch, prompts, length),
                 np.uint32([seed, batch.start]),
                 config=config,
             )
@@ -147,7 +165,7 @@ class ImageToText:
         return texts
 
     def stream(
-        self, params: Any, images: Images, prompt: Tokens, config: DecodingConfig, seed: int = 0
+        self, params: Any, images: Images, prompt: Prompt, config: DecodingConfig, seed: int = 0
     ) -> Iterator[str]:
         """The text about one image, piece by piece; joined, they are what `generate` gives.
 
@@ -159,10 +177,9 @@ class ImageToText:
         """
         (batch,) = self._batches(images, [0])
         length = self._prompt_length([prompt], config.max_new_tokens)
-        arrays = self._row_arrays(batch, [prompt], length)
+        arrays = self._row_arrays(params, batch, [prompt], length)
         seeds = np.uint32([seed, 0])
-        visual = self._encode(params, self._place(batch.images))
-        first = self._begin(params, visual, *arrays, seeds, config=config)
+        first = self._begin(params, *arrays, seeds, config=config)
 
         def tokens(last, stream):
             for index in range(config.max_new_tokens):
@@ -180,7 +197,7 @@ class ImageToText:
         self,
         params: Any,
         images: Images,
-        prompts: Sequence[Tokens],
+        prompts: Sequence[Prompt],
         candidates: Sequence[Sequence[Tokens]],
         *,
         rows: Sequence[int] | None = None,
@@ -196,16 +213,15 @@ class ImageToText:
         """
         count = len(candidates[0])
         longest = max(len(tokens) for row in candidates for tokens in row)
-        self._check_positions(max(map(len, prompts)), longest)
+        self._check_positions(max(len(prompt.tokens) for prompt in prompts), longest)
         prompt_length = self._prompt_length(prompts, 0)
-        length = _power_of_two(longest, SHORTEST_CANDIDATE)
+        length = power_of_two(longest, SHORTEST_CANDIDATE)
         result = np.empty((len(prompts), count), np.float32)
         for batch in self._batches(images, rows):
-            visual = self._encode(params, self._place(batch.images))
-            arrays = self._row_arrays(batch, prompts, prompt_length)
-            prefix = self._read(params, visual, *arrays)
+            arrays = self._row_arrays(params, batch, prompts, prompt_length)
+            prefix = self._read(params, *arrays)
             at_a_time = max(1, RANKED_TOKENS // (len(batch.index) * length))
-            at_a_time = min(_power_of_two(at_a_time + 1) // 2, _power_of_two(count))
+            at_a_time = min(power_of_two(at_a_time + 1) // 2, power_of_two(count))
             chosen = candidates[batch.start : batch.start + batch.count]
             for first in range(0, count, at_a_time):
                 which = np.resize(np.arange(first, min(first + at_a_time, count)), at_a_time)
@@ -221,6 +237,10 @@ class ImageToText:
                 into = result[batch.start : batch.start + batch.count, first : first + at_a_time]
                 into[:] = np.asarray(scores)[: batch.count, : into.shape[1]]
         return result
+
+    @property
+    def _language_model(self) -> nn.Module:
+        return self.task.language_model
 
     # What is compiled.
 
@@ -249,19 +269,19 @@ class ImageToText:
     def _generated(self, params, visual, index, prompt_ids, prompt_valid, seeds, *, config):
         read = self._input(params, visual, index, prompt_ids, prompt_valid)
         said, own = self._said(prompt_ids, prompt_valid), params["language_model"]
-        settings = dict(config=config, rng=_key(seeds), said_ids=said)
+        settings = dict(config=config, rng=random_key(seeds), said_ids=said)
         return generate(self._language_model, own, **read, **settings)
 
     def _begun(self, params, visual, index, prompt_ids, prompt_valid, seeds, *, config):
         read = self._input(params, visual, index, prompt_ids, prompt_valid)
         said, own = self._said(prompt_ids, prompt_valid), params["language_model"]
-        settings = dict(config=config, rng=_key(seeds), said_ids=said)
+        settings = dict(config=config, rng=random_key(seeds), said_ids=said)
         stream = begin_stream(self._language_model, own, **read, **settings)
         return stream.last_ids(), stream
 
     def _advanced(self, params, stream, seeds, *, config):
         own = params["language_model"]
-        stream = advance_stream(self._language_model, own, stream, config, _key(seeds))
+        stream = advance_stream(self._language_model, own, stream, config, random_key(seeds))
         return stream.last_ids(), stream
 
     def _read_rows(self, params, visual, index, prompt_ids, prompt_valid):
@@ -292,12 +312,12 @@ class ImageToText:
             for number, (used, index) in enumerate(parts)
         ]
 
-    def _prompt_length(self, prompts: Sequence[Tokens], max_new_tokens: int) -> int:
+    def _prompt_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
         """Tokens that all prompts are padded to."""
-        longest = max(map(len, prompts))
+        longest = max(len(prompt.tokens) for prompt in prompts)
         if longest < 2:  # no prompt: the most frequent case is without padding
             return longest
-        length = _power_of_two(longest, SHORTEST_PROMPT)
+        length = power_of_two(longest, SHORTEST_PROMPT)
         if (room := self._positions()) is not None:
             length = min(length, room - max_new_tokens)
         return max(length, longest)
@@ -317,15 +337,33 @@ class ImageToText:
                 f"together: behind an image the language model has {room} positions; shorten one."
             )
 
-    def _row_arrays(self, batch: Batch, prompts: Sequence[Tokens], length: int):
-        """The image of each row, its prompt and the prompt's validity, on the devices."""
+    def _row_arrays(
+        self, params: Any, batch: Batch, prompts: Sequence[Prompt], length: int
+    ) -> tuple[jax.Array, ...]:
+        """What is seen, its place for each row, the row's prompt and the prompt's validity."""
         chosen = prompts[batch.start : batch.start + batch.count]
-        filled = np.resize(np.arange(batch.count), len(batch.index))
-        ids, valid = self._padded(chosen, length)
-        return (self._place(array) for array in (batch.index, ids[filled], valid[filled]))
+        seen = self._seen(params, batch, chosen)
+        return *seen, *self._row_tokens(batch, [prompt.tokens for prompt in chosen], length)
 
-    def _padded(self, rows: Sequence[Tokens], length: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.full((len(rows), length), self.encoder.pad_id, np.int32)
+    def _seen(
+        self, params: Any, batch: Batch, prompts: Sequence[Prompt]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The visual tokens of a batch, and which of them each row reads."""
+        return self._encode(params, self._place(batch.images)), self._place(batch.index)
+
+    def _row_tokens(
+        self, batch: Batch, tokens: Sequence[Tokens], length: int, pad_id: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Ids of each row and which of them count, on the devices."""
+        filled = np.resize(np.arange(batch.count), len(batch.index))
+        ids, valid = self._padded(tokens, length, pad_id)
+        return self._place(ids[filled]), self._place(valid[filled])
+
+    def _padded(
+        self, rows: Sequence[Tokens], length: int, pad_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        pad_id = self.encoder.pad_id if pad_id is None else pad_id
+        ids = np.full((len(rows), length), pad_id, np.int32)
         valid = np.arange(length) < np.array([len(tokens) for tokens in rows])[:, None]
         ids[valid] = [token for tokens in rows for token in tokens]
         return ids, valid
@@ -348,13 +386,14 @@ def batch_bucket(count: int, largest: int, mesh: Mesh) -> int:
     `largest` is rounded up to what the mesh divides.
     """
     shards = sharding.batch_shards(mesh)
-    return shards * min(_power_of_two(-(-count // shards)), -(-largest // shards))
+    return shards * min(power_of_two(-(-count // shards)), -(-largest // shards))
 
 
-def _power_of_two(number: int, least: int = 1) -> int:
+def power_of_two(number: int, least: int = 1) -> int:
     """The smallest power of two that is at least `number`, and at least `least`, which is one."""
     return max(least, 1 << max(number - 1, 0).bit_length())
 
 
-def _key(seeds: Int[Array, "2"]) -> jax.Array:
+def random_key(seeds: Int[Array, "2"]) -> jax.Array:
+    """Of the draws of a batch, from the seed and the batch's first row."""
     return jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])

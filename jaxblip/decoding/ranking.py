@@ -94,7 +94,7 @@ def _of_answers(language_model, params, prefix, ids, valid):
     hidden, _ = language_model.apply(
         {"params": params}, embeddings, mask, prefix.read, prefix.valid, method="decode"
     )
-    scores = _token_scores(language_model, params, hidden.reshape(*ids.shape, -1), ids)
+    scores = token_scores(language_model, params, hidden.reshape(*ids.shape, -1), ids)
     return jnp.sum(jnp.where(valid, scores, 0.0), axis=-1)
 
 
@@ -132,13 +132,18 @@ def _of_continuations(language_model, params, prefix, ids, valid):
         num_prefix,
     )
     hidden = hidden.reshape(batch, candidates, num_read, -1)
-    scores = _token_scores(language_model, params, hidden, ids[:, :, 1:])
+    scores = token_scores(language_model, params, hidden, ids[:, :, 1:])
     first = jax.nn.log_softmax(prefix.first_logits.astype(jnp.float32))
     first = jnp.take_along_axis(first, ids[:, :, 0], axis=1)
     return first + jnp.sum(jnp.where(valid[:, :, 1:], scores, 0.0), axis=-1)
 
 
-def _token_scores(language_model, params, hidden, ids):
+def token_scores(
+    language_model: nn.Module,
+    params: Any,
+    hidden: Float[Array, "*batch width"],
+    ids: Int[Array, "*batch"],
+) -> Float[Array, "*batch"]:
     """Log-probability of each token of `ids` by the hidden state that predicts it."""
     logits = language_model.apply({"params": params}, hidden, method="logits")
     logits = logits.astype(jnp.float32)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxblip.data import inputs
 from jaxblip.data.samples import counts_as_text
-from jaxblip.decoding.image_to_text import ImageToText
+from jaxblip.decoding.make import make_image_to_text
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.captions import caption_metrics
 from jaxblip.evaluation.retrieval import (
@@ -27,8 +27,13 @@ Metrics = dict[str, float]
 class Evaluation:
     """The evaluation of a run: its set, read once, and its compiled functions."""
 
-    def __init__(self, task: Task, tokenizer: Any, mesh: Mesh):
+    def __init__(
+        self, task: Task, tokenizer: Any, mesh: Mesh, qformer_tokenizer: Any = None
+    ):
         """Reads the evaluation set.
+
+        Args:
+          qformer_tokenizer: of the Q-Former, for the task `instruct`.
 
         Raises:
           UserError: it cannot be read, or `eval.batch_size` does not divide over the mesh.
@@ -38,20 +43,28 @@ class Evaluation:
         self.predictions: list[str] = []
         self._map = RowMap(mesh, task.config.eval.batch_size)
         self._encode = inputs.text_encoder(task.config, tokenizer)
-        if task.config.task == "stage2":
-            self._image_to_text = ImageToText(task, tokenizer, mesh)
+        if "num_beams" in task.config.eval:
+            self._image_to_text = make_image_to_text(
+                task, tokenizer, mesh, qformer_tokenizer
+            )
 
     def run(self, params: Params, frozen: Params) -> Metrics:
         """Metrics by name.
 
-        `clip` and `stage1`: recall at 1, 5, 10 in both directions, as fractions; for `stage1` both
-        by ITC alone (`itc_…`) and re-ranked by ITM. `stage2`: `caption_exact` (fraction) and
-        `bleu4` (0 to 100). `language_model`: `loss` (nats a token), `perplexity`,
-        `token_accuracy`. All but the last leave a caption for each image in `predictions`: the
-        generated one, or the best of the set's.
+        `clip`, `stage1`, `blip_retrieval`: recall at 1, 5, 10 in both directions, as fractions; for
+        the last two both by ITC alone (`itc_…`) and re-ranked by ITM. `stage2`, `instruct`,
+        `blip_caption`, `blip_vqa`: `caption_exact` (fraction) and `bleu4` (0 to 100), of captions,
+        or of the answers to each example's instruction.
+        `language_model`: `loss` (nats a token), `perplexity`, `token_accuracy`. All but the last
+        leave a caption for each image in `predictions`: the generated one, or the best of the
+        set's.
         """
         measure = {
+            "blip_caption": self._captions,
+            "blip_retrieval": self._reranked_retrieval,
+            "blip_vqa": self._captions,
             "clip": self._contrastive_retrieval,
+            "instruct": self._captions,
             "stage1": self._reranked_retrieval,
             "stage2": self._captions,
             "language_model": self._language_model_loss,
@@ -60,10 +73,11 @@ class Evaluation:
 
     def gallery(self) -> list[dict[str, Any]]:
         """Each image with its prediction and its true captions, as `report.write_report` wants."""
-        rows = zip(self.set.images, self.predictions, self.set.captions, strict=True)
+        images = (self.set.images[row] for row in self.set.rows)
+        texts = self.set.instructions, self.predictions, self.set.captions
         return [
-            {"image": image, "predicted": caption, "references": references}
-            for image, caption, references in rows
+            {"image": image, "asked": asked, "predicted": caption, "references": references}
+            for image, asked, caption, references in zip(images, *texts, strict=True)
         ]
 
     def describe(self) -> str:
@@ -89,7 +103,10 @@ class Evaluation:
         features = self._map(self.task.image_features, params, frozen, self.set.images)
         image_embeds = self._map(self.task.embed_images, params, frozen, features)
         text_embeds = self._map(self.task.embed_texts, params, frozen, ids, mask)
-        similarity = np.stack([(queries @ text_embeds.T).max(axis=0) for queries in image_embeds])
+        # Image by image, because of the queries; BLIP has one embedding, and none.
+        similarity = np.stack(
+            [(np.atleast_2d(queries) @ text_embeds.T).max(axis=0) for queries in image_embeds]
+        )
 
         def match(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
             arrays, rows = (features, ids, mask), (images, texts, texts)
@@ -101,20 +118,27 @@ class Evaluation:
         return retrieval_metrics(similarity, reranked, image_of_text)
 
     def _captions(self, params: Params, frozen: Params) -> Metrics:
-        model, images = self._image_to_text, self.set.images
-        prompts = [inputs.prompt_ids(self.task.config, self._encode)] * len(images)
+        model, data = self._image_to_text, self.set
         self.predictions = model.generate(
-            merge_params(params, frozen), images, prompts, model.decoding_config()
+            merge_params(params, frozen),
+            data.images,
+            list(map(model.prompt_of_example, data.instructions)),
+            model.decoding_config(),
+            rows=data.rows,
         )
-        return caption_metrics(self.predictions, self.set.captions)
+        return caption_metrics(self.predictions, data.captions)
 
     def _language_model_loss(self, params: Params, frozen: Params) -> Metrics:
-        texts, _ = self._flat_captions()
+        texts, entries = self._flat_captions()
         arrays = [*self._encode(texts)]
         if inputs.has_encoder(self.task.config):
-            prompt = inputs.prompt_ids(self.task.config, self._encode)
-            arrays.append(np.tile(np.array(prompt, np.int32), (len(texts), 1)))
-            arrays.append(np.ones(arrays[-1].shape, bool))
+            config, instructions = self.task.config, self.set.instructions
+            prompts = [inputs.prompt_ids(config, self._encode, text) for text in instructions]
+            ids = np.full((len(prompts), max(map(len, prompts))), self._encode.pad_id, np.int32)
+            for row, prompt in zip(ids, prompts, strict=True):
+                row[: len(prompt)] = prompt
+            lengths = np.array([len(prompt) for prompt in prompts])
+            arrays += [ids[entries], (np.arange(ids.shape[1]) < lengths[:, None])[entries]]
         sums = self._map(self.task.token_sums, params, frozen, *arrays).sum(axis=0)
         loss, accuracy = sums[:2] / sums[2]
         return {

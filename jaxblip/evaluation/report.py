@@ -65,7 +65,7 @@ def write_report(
         results: what `report.json` holds: numbers for the table, and "seconds" by phase,
             "versions" by package and "device" for tables of their own.
         gallery: held-out images, each {"image": uint8 [height, width, 3], "predicted": str,
-            "references": list of str}. At most 48 are shown, in the given order, up to a third of
+            "references": list of str}, and perhaps "asked": what the prediction answers. At most 48 are shown, in the given order, up to a third of
             them wrong ones.
         notes: paragraphs of plain text under the heading.
     """
@@ -307,6 +307,7 @@ def _gallery_section(gallery: Sequence[Mapping[str, object]]) -> str:
         f"Shown are {len(shown)}"
     )
     count += f", among them {wrong_shown} of the {wrong} wrong ones." if wrong else "."
+    count += " Under each picture stand the predicted caption and the true ones."
     return f'<h2>Held-out images</h2><p>{count}</p><div class="gallery">{items}</div>'
 
 
@@ -322,11 +323,12 @@ def _choose(right: Sequence[bool]) -> list[int]:
 def _gallery_item(item: Mapping[str, object], is_right: bool) -> str:
     references = "".join(f"<li>{escape(str(caption))}</li>" for caption in item["references"])
     predicted = escape(str(item["predicted"])) or "<em>(empty)</em>"
+    asked = f"<small>{escape(str(item['asked']))}</small>" if item.get("asked") else ""
     kind, mark = ("right", "✓") if is_right else ("wrong", "✗")
     return (
         f'<article class="{kind}"><img alt="{escape(str(item["references"][0]))}" '
         f'src="data:image/png;base64,{_png(item["image"])}">'
-        f'<p><span class="mark" title="{kind}">{mark}</span> {predicted}</p>'
+        f'{asked}<p><span class="mark" title="{kind}">{mark}</span> {predicted}</p>'
         f"<ul>{references}</ul></article>"
     )
 

@@ -24,7 +24,8 @@ def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     """Evaluates a checkpoint, prints and saves its metrics.
 
     Writes `results.json`; where images are captioned or captions retrieved also
-    `predictions.jsonl` (image id, caption, references) and `results.html`, which shows them.
+    `predictions.jsonl` (image id, instruction, caption, references) and `results.html`, which
+    shows them.
     """
     run = load_run(workdir, overrides, step)
     config = run.task.config
@@ -33,10 +34,14 @@ def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
             "The run has no evaluation source: add --config.eval.source=shapes:heldout or the path "
             "of a .jsonl file."
         )
-    evaluation = Evaluation(run.task, run.tokenizer, run.mesh)
+    evaluation = Evaluation(run.task, run.tokenizer, run.mesh, run.qformer_tokenizer)
+    print(
+        f"Step {run.step} of {workdir} on {config.eval.source}. {evaluation.describe()}", flush=True
+    )
     metrics = evaluation.run(run.params, run.frozen)
     for name, value in metrics.items():
         print(f"{name:>15} {value:.4f}")
+    written = [RESULTS_FILE, *([PREDICTIONS_FILE, REPORT_FILE] if evaluation.predictions else [])]
     results = {"step": run.step, "source": config.eval.source, **metrics}
     (Path(workdir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     if evaluation.predictions:
@@ -49,14 +54,17 @@ def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
         )
         rows = zip(
             evaluation.set.image_ids.tolist(),
+            evaluation.set.instructions,
             evaluation.predictions,
             evaluation.set.captions,
             strict=True,
         )
         with (Path(workdir) / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
-            for image_id, caption, references in rows:
-                row = {"image_id": image_id, "caption": caption, "references": references}
+            for image_id, asked, caption, references in rows:
+                row = {"image_id": image_id, **({"instruction": asked} if asked else {})}
+                row |= {"caption": caption, "references": references}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"Written to {workdir}: {', '.join(written)}")
     return metrics
 
 
@@ -72,7 +80,7 @@ def generate(
     candidates: str | None = None,
     **decoding: Any,
 ) -> list[tuple[str, str]]:
-    """Texts about image files by a run of stage 2: (file, text), one or several of each.
+    """Texts about image files by a run that can make some: (file, text), one or several of each.
 
     Args:
       prompt: words that the captions go on from; with a question, a text in which {} stands for it.
@@ -161,6 +169,6 @@ def _read_candidates(candidates: str) -> list[str]:
     if len(texts) < 2:
         raise UserError(
             f"candidates={candidates!r} are {len(texts)} text(s), but ranking needs two or more: "
-            "name a file with one a line, or separate them with commas."
+            "name a file that exists, with one a line, or separate them with commas."
         )
     return texts

@@ -18,12 +18,17 @@ from ml_collections import ConfigDict
 
 from jaxblip.config import default_config
 from jaxblip.data import inputs
-from jaxblip.data.tokenizers import DEC_TOKEN, add_dec_token, load_tokenizer, save_tokenizer
+from jaxblip.data.tokenizers import (
+    DEC_TOKEN,
+    add_blip_tokens,
+    add_dec_token,
+    load_tokenizer,
+)
 from jaxblip.errors import UserError
 from jaxblip.interop.export import export_run
 from jaxblip.interop.processors import find_image_processing
 from jaxblip.interop.published import Published, open_published
-from jaxblip.tasks import make_task
+from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS, make_task
 from jaxblip.training.adopt import published_sections, tokenizer_or_error
 from jaxblip.training.checkpoints import FOLDER, save_config
 from jaxblip.training.initialize import abstract_params, random_params
@@ -87,7 +92,10 @@ def _import(
         tokenizer = tokenizer_or_error(published)
     else:
         tokenizer = load_tokenizer(tokenizer_name)
-    config = published_config(published, tokenizer)
+    qformer_tokenizer = None
+    if published.task == "instruct":
+        qformer_tokenizer = tokenizer_or_error(published, published.tokenizers["qformer"])
+    config = published_config(published, tokenizer, qformer_tokenizer)
     with config.unlocked():
         is_full = (dtype or _main_dtype(published)).itemsize >= 4
         # Not float16, which models that were trained in bfloat16 overflow.
@@ -102,7 +110,7 @@ def _import(
     params = unflatten_dict({path: (stored | random)[path] for path in flat}, sep="/")
 
     write_checkpoint(folder / FOLDER, params)
-    save_tokenizer(tokenizer, folder / inputs.TOKENIZER_FOLDER)
+    inputs.save_tokenizers(tokenizer, qformer_tokenizer, folder)
     save_config(folder, config.to_dict())
     origin = {
         "source": source,
@@ -123,8 +131,12 @@ def _import(
     return params, lines
 
 
-def published_config(published: Published, tokenizer: Any) -> ConfigDict:
-    """The experiment config of a published model, nothing frozen; adds `[DEC]` to its tokenizer.
+def published_config(
+    published: Published, tokenizer: Any, qformer_tokenizer: Any = None
+) -> ConfigDict:
+    """The experiment config of a published model, nothing frozen.
+
+    Adds to its tokenizer the tokens that its task needs, `[DEC]` and `[ENC]`.
 
     Raises:
       UserError: no task has such a model, or the tokenizer is not its own.
@@ -145,7 +157,10 @@ def published_config(published: Published, tokenizer: Any) -> ConfigDict:
         )
     limits = [data.max_text_tokens]
     limits += [section.max_positions for section in _with_positions(model)]
-    if published.task == "stage2" and "max_positions" in model.language_model:
+    if published.task == "instruct":  # the Q-Former reads the instruction, not the text
+        limits.remove(model.qformer.max_positions)
+        data.max_instruction_tokens = min(data.max_instruction_tokens, model.qformer.max_positions)
+    if published.task in STAGE2_TASKS and "max_positions" in model.language_model:
         limits.append(model.language_model.max_positions - model.qformer.num_query_tokens)
     data.max_text_tokens = min(limits)
     if "vision" in model:
@@ -157,9 +172,16 @@ def published_config(published: Published, tokenizer: Any) -> ConfigDict:
     if published.task == "stage1":
         add_dec_token(tokenizer)
         model.dec_token_id = tokenizer.convert_tokens_to_ids(DEC_TOKEN)
+    if published.task in BLIP_TASKS:
+        add_blip_tokens(tokenizer)
+        if "enc_token_id" in model:
+            model.enc_token_id = 0  # none, as transformers computes
+        if "max_instruction_tokens" in data:
+            limit = model.text.max_positions
+            data.max_instruction_tokens = min(data.max_instruction_tokens, limit)
     if "language_model" in model:
         data.stop_token = _stop_token(published, tokenizer)
-    return inputs.with_vocabulary(config, tokenizer).lock()
+    return inputs.with_vocabulary(config, tokenizer, qformer_tokenizer).lock()
 
 
 def _with_positions(model: ConfigDict) -> Iterator[ConfigDict]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxblip.data import inputs
 from jaxblip.data.tokenizers import save_tokenizer
 from jaxblip.interop.entries import Layout
-from jaxblip.interop.families import blip2, clip, llama, opt, t5
+from jaxblip.interop.families import blip, blip2, clip, instructblip, llama, opt, t5
 from jaxblip.interop.processors import IMAGE_TOKEN, ImageProcessing
 from jaxblip.interop.save import save_params
 from jaxblip.models.llama import LlamaConfig
@@ -37,6 +37,11 @@ from jaxblip.training.sources import prefixes
 
 Params = dict[str, Any]
 
+BLIP = {
+    "blip_caption": (blip.blip_captioner_layout, blip.hf_blip_captioner_config),
+    "blip_retrieval": (blip.blip_retrieval_layout, blip.hf_blip_retrieval_config),
+    "blip_vqa": (blip.blip_question_answering_layout, blip.hf_blip_question_answering_config),
+}
 LANGUAGE_MODELS = {
     OptConfig: (opt.opt_layout, opt.hf_opt_config),
     LlamaConfig: (llama.llama_layout, llama.hf_llama_config),
@@ -86,6 +91,8 @@ def export_run(
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     left = save_params(params, target.layout, folder, target.config, dtype=dtype)
     save_tokenizer(tokenizer, folder)
+    if (other := inputs.run_qformer_tokenizer(config, workdir, source=None)) is not None:
+        save_tokenizer(other, folder / inputs.QFORMER_TOKENIZER_FOLDER)  # as the processor has it
     if "vision" in config.model:
         _write_processor(config, target, folder)
     (name,) = target.config["architectures"]
@@ -138,6 +145,17 @@ def _target(task: Task, tokenizer: Any) -> Target:
             blip2.export_notes(model),
             {"processor_class": "Blip2Processor"},
         )
+    if config.task in BLIP:
+        encoder, (layout, hf_config) = inputs.text_encoder(config, tokenizer), BLIP[config.task]
+        text = {"sep_token_id": encoder.stop_id, "pad_token_id": encoder.pad_id}
+        if "label_smoothing" in config.loss:
+            text["label_smoothing"] = config.loss.label_smoothing
+        return Target(
+            layout(model),
+            hf_config(model, **text),
+            blip.export_notes(model),
+            {"processor_class": "BlipProcessor"},
+        )
     language_model = language_model_config(config)
     ids = _ids(tokenizer, inputs.text_encoder(config, tokenizer))
     if config.task == "language_model":
@@ -148,11 +166,15 @@ def _target(task: Task, tokenizer: Any) -> Target:
     model = model.clone(language_model_config=language_model)  # as it is when it trains
     num_queries = model.qformer_config.num_query_tokens
     image_token, notes = _image_token(tokenizer, language_model.vocab_size)
+    layout, hf_config, processor = blip2.blip2_layout, blip2.hf_blip2_config, "Blip2Processor"
+    if config.task == "instruct":
+        layout, hf_config = instructblip.instructblip_layout, instructblip.hf_instructblip_config
+        processor = "InstructBlipProcessor"
     return Target(
-        blip2.blip2_layout(model),
-        blip2.hf_blip2_config(model, image_token_index=image_token, **ids),
+        layout(model),
+        hf_config(model, image_token_index=image_token, **ids),
         (*blip2.export_notes(model), *notes),
-        {"processor_class": "Blip2Processor", "num_query_tokens": num_queries},
+        {"processor_class": processor, "num_query_tokens": num_queries},
     )
 
 

@@ -49,8 +49,9 @@ DTYPES: dict[str, np.dtype] = {
 
 # What is fetched of a Hugging Face repository: weights, configs, tokenizers and chat templates.
 # Other copies of the weights lie under other names (`consolidated…`, `pytorch_model.bin`) or in
-# subfolders.
+# subfolders, of which only `qformer_tokenizer/` is wanted.
 FETCHED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+NOT_FETCHED = ("[!q]*/*",)
 REPOSITORY = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 GGUF_SUFFIX = ".gguf"
@@ -143,7 +144,10 @@ def _fetch(name: str, revision: str | None) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=["*/*"]
+                name,
+                revision=revision,
+                allow_patterns=list(FETCHED),
+                ignore_patterns=list(NOT_FETCHED),
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -21,6 +21,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxblip.errors import UserError
 from jaxblip.interop.entries import Layout
 from jaxblip.interop.families.bert import bert_qformer_config, bert_qformer_layout, bert_weights
+from jaxblip.interop.families.blip import (
+    blip_captioner,
+    blip_captioner_layout,
+    blip_question_answering_layout,
+    blip_question_answering_model,
+    blip_retrieval_layout,
+    blip_retrieval_model,
+)
 from jaxblip.interop.families.blip2 import (
     blip2_layout,
     blip2_model,
@@ -30,6 +38,7 @@ from jaxblip.interop.families.blip2 import (
 )
 from jaxblip.interop.families.clip import VISION_TYPE as CLIP_VISION
 from jaxblip.interop.families.clip import clip_layout, clip_model, clip_vision_layout
+from jaxblip.interop.families.instructblip import instructblip_layout, instructblip_model
 from jaxblip.interop.families.lavis import lavis_stage1_model
 from jaxblip.interop.families.llama import llama_config, llama_layout
 from jaxblip.interop.families.opt import opt_config, opt_layout
@@ -58,7 +67,8 @@ class Published:
       task: the task that has the model as a whole; "" where it is but a part of one.
       configs: the model's configs, by section of `config.model`.
       fields: what else it says of `config.model`: vision_norm_epsilon, embed_dim, dec_token_id.
-      tokenizer_of: section whose texts its tokenizer is for; "" where there is none.
+      tokenizers: by the section whose texts a tokenizer is for, the folder beside the weights where
+        it lies.
       resizing: how its table of positions is brought to another image size
         (`models.positions.METHODS`).
     """
@@ -69,7 +79,7 @@ class Published:
     task: str = ""
     configs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tokenizer_of: str = ""
+    tokenizers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resizing: str = "bicubic"
 
     @property
@@ -148,7 +158,7 @@ def _stage1(name: str, weights: Weights) -> Published:
         "stage1",
         _configs(model, "vision", "qformer"),
         _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
-        tokenizer_of="qformer",
+        tokenizers={"qformer": ""},
     )
 
 
@@ -165,7 +175,7 @@ def _lavis(weights: Weights) -> Published:
         "stage1",
         _configs(model, *(("vision",) if has_vision else ()), "qformer"),
         _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
-        tokenizer_of="qformer",
+        tokenizers={"qformer": ""},
         resizing="bicubic_align_corners" if model.vision_config.pre_norm else "bicubic",
     )
 
@@ -179,7 +189,40 @@ def _stage2(name: str, weights: Weights) -> Published:
         "stage2",
         _configs(model, "vision", "qformer", "language_model"),
         _fields(model, "vision_norm_epsilon"),
-        tokenizer_of="language_model",
+        tokenizers={"language_model": ""},
+    )
+
+
+def _instruct(name: str, weights: Weights) -> Published:
+    model = instructblip_model(weights.config)
+    return Published(
+        name,
+        weights,
+        instructblip_layout(model),
+        "instruct",
+        _configs(model, "vision", "qformer", "language_model"),
+        _fields(model, "vision_norm_epsilon"),
+        tokenizers={"language_model": "", "qformer": "qformer_tokenizer"},
+    )
+
+
+def _blip(
+    task: str,
+    make: Callable[[Mapping[str, Any]], Any],
+    layout: Callable[[Any], Layout],
+    fields: tuple[str, ...],
+    name: str,
+    weights: Weights,
+) -> Published:
+    model = make(weights.config)
+    return Published(
+        name,
+        weights,
+        layout(model),
+        task,
+        _configs(model, "vision", "text"),
+        _fields(model, *fields),
+        tokenizers={"text": ""},
     )
 
 
@@ -192,7 +235,7 @@ def _clip(name: str, weights: Weights) -> Published:
         "clip",
         _configs(model, "vision", "text"),
         _fields(model, "vision_norm_epsilon", "embed_dim"),
-        tokenizer_of="text",
+        tokenizers={"text": ""},
     )
 
 
@@ -222,14 +265,14 @@ def _language_model(
         layout(config, "language_model/"),
         "language_model",
         {"language_model": config},
-        tokenizer_of="language_model",
+        tokenizers={"language_model": ""},
     )
 
 
 def _bert(name: str, weights: Weights) -> Published:
     config = bert_qformer_config(weights.config)
     layout = bert_qformer_layout(config)
-    return Published(name, weights, layout, "", {"qformer": config}, tokenizer_of="qformer")
+    return Published(name, weights, layout, "", {"qformer": config}, tokenizers={"qformer": ""})
 
 
 _BERTS = (BERT, "BertForMaskedLM", "BertForPreTraining")
@@ -239,6 +282,20 @@ _LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 PUBLISHED: dict[str, Callable[[str, Weights], Published]] = {
     "Blip2ForConditionalGeneration": _stage2,
     "Blip2ForImageTextRetrieval": _stage1,
+    "BlipForConditionalGeneration": partial(
+        _blip, "blip_caption", blip_captioner, blip_captioner_layout, ("dec_token_id",)
+    ),
+    "BlipForImageTextRetrieval": partial(
+        _blip, "blip_retrieval", blip_retrieval_model, blip_retrieval_layout, ("embed_dim",)
+    ),
+    "BlipForQuestionAnswering": partial(
+        _blip,
+        "blip_vqa",
+        blip_question_answering_model,
+        blip_question_answering_layout,
+        ("dec_token_id",),
+    ),
+    "InstructBlipForConditionalGeneration": _instruct,
     "CLIPModel": _clip,
     "CLIPVisionModel": partial(_vision, CLIP_VISION, clip_vision_layout),
     "SiglipModel": _siglip,

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def published_tokenizer(published: Published) -> PreTrainedTokenizerBase | None:
+def published_tokenizer(published: Published, folder: str = "") -> PreTrainedTokenizerBase | None:
     """The tokenizer of a published checkpoint; None where there is none.
+
+    Args:
+      folder: beside the weights, where the tokenizer lies, of `published.tokenizers`.
 
     One without a padding token, such as LLaMA's, pads with its unknown or end token: masks say
     what is padding, so that no loss and no attention reads it.
@@ -33,10 +36,11 @@ def published_tokenizer(published: Published) -> PreTrainedTokenizerBase | None:
         from jaxblip.interop.gguf import gguf_tokenizer  # which needs an optional package
 
         return _with_padding(gguf_tokenizer(file))
-    if not any((weights.folder / name).is_file() for name in FILES):
+    place = weights.folder / folder
+    if not any((place / name).is_file() for name in FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -165,52 +165,26 @@ class Blip2Stage2(nn.Module):
           instruction_ids: of the Q-Former's vocabulary; queries and instruction see each other.
           instruction_valid: False at padding; by default there is none.
         """
-        image = self.qformer.read_image(self.vision_norm(self.vision(images)))
+        return self.query(self.image_features(images), instruction_ids, instruction_valid)
+
+    def image_features(self, images: Images) -> Float[Array, "batch tokens vision_width"]:
+        """The tokens of the image encoder, normed."""
+        return self.vision_norm(self.vision(images))
+
+    def query(
+        self,
+        features: Float[Array, "batch tokens vision_width"],
+        instruction_ids: Int[Array, "batch instruction"] | None = None,
+        instruction_valid: Bool[Array, "batch instruction"] | None = None,
+    ) -> Float[Array, "batch queries lm_width"]:
+        """The soft tokens about images whose features are there; arguments as `visual_tokens`."""
+        image = self.qformer.read_image(features)
         num_queries = self.qformer_config.num_query_tokens
         mask = None
         if instruction_valid is not None:
             mask = bidirectional_mask(num_queries, instruction_valid)
         hidden = self.qformer(image, instruction_ids, mask)
         return self.projection(hidden[:, :num_queries])
-
-    def prefix(
-        self,
-        images: Images,
-        prompt_ids: Int[Array, "#batch prompt"] | Int[Array, " prompt"],
-        prompt_valid: Bool[Array, "#batch prompt"] | Bool[Array, " prompt"] | None = None,
-        instruction_ids: Int[Array, "batch instruction"] | None = None,
-        instruction_valid: Bool[Array, "batch instruction"] | None = None,
-    ) -> tuple[
-        Float[Array, "batch queries+prompt lm_width"], Bool[Array, "batch queries+prompt"]
-    ]:
-        """Visual tokens and the embedded prompt, and which of these positions count.
-
-        A decoder-only model continues them; they are what the encoder of another one reads.
-
-        Args:
-          prompt_ids: of each image, or one for all images.
-          prompt_valid: False at padding, of the shape of `prompt_ids`; by default there is none.
-            Padding may stand anywhere before a decoder-only model, and belongs on the right of what
-            an encoder reads.
-          instruction_ids, instruction_valid: as in `visual_tokens`.
-
-        Raises:
-          ValueError: prompt and mask differ in shape.
-        """
-        visual = self.visual_tokens(images, instruction_ids, instruction_valid)
-        if prompt_valid is None:
-            prompt_valid = jnp.ones(prompt_ids.shape, bool)
-        if prompt_valid.shape != prompt_ids.shape:
-            raise ValueError(
-                f"prompt_ids has the shape {prompt_ids.shape}, prompt_valid {prompt_valid.shape}: "
-                "they must be the same"
-            )
-        batch, queries, _ = visual.shape
-        prompt = self.language_model.embed(prompt_ids).astype(visual.dtype)
-        prompt = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
-        prompt_valid = jnp.broadcast_to(prompt_valid, prompt.shape[:2])
-        valid = jnp.concatenate([jnp.ones((batch, queries), bool), prompt_valid], axis=1)
-        return jnp.concatenate([visual, prompt], axis=1), valid
 
     def __call__(
         self,
@@ -219,7 +193,6 @@ class Blip2Stage2(nn.Module):
         text_valid: TextValid,
         input_ids: Int[Array, "batch input"] | None = None,
         input_valid: Bool[Array, "batch input"] | None = None,
-        *,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch text vocab"]:

@@ -5,19 +5,29 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from jaxblip.tasks.base import LossOutput, Task
+from jaxblip.tasks.blip import BlipCaptionTask, BlipRetrievalTask, BlipVqaTask
 from jaxblip.tasks.clip import ClipTask
+from jaxblip.tasks.instruct import InstructTask
 from jaxblip.tasks.language_model import LanguageModelTask
 from jaxblip.tasks.stage1 import Stage1Task
 from jaxblip.tasks.stage2 import Stage2Task
 
 TASKS: dict[str, type[Task]] = {
+    "blip_caption": BlipCaptionTask,
+    "blip_retrieval": BlipRetrievalTask,
+    "blip_vqa": BlipVqaTask,
     "clip": ClipTask,
+    "instruct": InstructTask,
     "language_model": LanguageModelTask,
     "stage1": Stage1Task,
     "stage2": Stage2Task,
 }
+# Tasks whose networks have parts in common, under the same names.
+BLIP_TASKS = ("blip_caption", "blip_retrieval", "blip_vqa")
+# Tasks in which a language model reads what the Q-Former says of an image.
+STAGE2_TASKS = ("instruct", "stage2")
 
-__all__ = ["TASKS", "LossOutput", "Task", "make_task"]
+__all__ = ["BLIP_TASKS", "STAGE2_TASKS", "TASKS", "LossOutput", "Task", "make_task"]
 
 
 def make_task(config: ConfigDict) -> Task:

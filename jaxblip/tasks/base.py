@@ -74,11 +74,13 @@ class Task(abc.ABC):
                 f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are divided "
                 "by it: SigLIP has 0.5,0.5,0.5."
             )
-        length = data.max_text_tokens
         for section, model in self.config.model.items():
+            of_instruction = section == "qformer" and "max_instruction_tokens" in data
+            field = "max_instruction_tokens" if of_instruction else "max_text_tokens"
+            length = data[field]
             if "max_positions" in getattr(model, "keys", tuple)() and model.max_positions < length:
                 raise UserError(
-                    f"data.max_text_tokens={length} is more than config.model.{section}."
+                    f"data.{field}={length} is more than config.model.{section}."
                     f"max_positions={model.max_positions}: lower the first or raise the second."
                 )
 
@@ -106,12 +108,15 @@ class Task(abc.ABC):
         data = self.config.data
         size, length = data.image_size_px, data.max_text_tokens
         input_length = data.get("max_input_tokens", 0)
+        instruction_length = data.get("max_instruction_tokens", 0)
         shapes = {
             "image": ((size, size, 3), np.uint8),
             "text_ids": ((length,), np.int32),
             "text_mask": ((length,), np.bool_),
             "input_ids": ((input_length,), np.int32),
             "input_mask": ((input_length,), np.bool_),
+            "instruction_ids": ((instruction_length,), np.int32),
+            "instruction_mask": ((instruction_length,), np.bool_),
             "prompt_length": ((), np.int32),
             "image_id": ((), np.int32),
         }

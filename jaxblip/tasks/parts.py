@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
 from jaxblip.models.language_models import LanguageModelConfig, config_class
+from jaxblip.models.med import MedConfig
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
 
@@ -20,6 +21,11 @@ def vision_config(config: ConfigDict) -> VitConfig:
 def qformer_config(config: ConfigDict, *, has_text: bool) -> QFormerConfig:
     """The Q-Former; stage 1 has its text side, stage 2 has not."""
     return QFormerConfig(has_text=has_text, **config.model.qformer)
+
+
+def med_config(config: ConfigDict) -> MedConfig:
+    """BLIP's text stack, be it encoder or decoder."""
+    return MedConfig(**config.model.text)
 
 
 def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> LanguageModelConfig:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxblip.losses.contrastive import contrastive_loss
 from jaxblip.losses.language_modeling import token_cross_entropy
-from jaxblip.losses.matching import matching_loss, sample_hard_negatives
 from jaxblip.models.blip2 import Blip2Stage1
-from jaxblip.tasks.base import LossOutput, Task
+from jaxblip.tasks.base import LossOutput
 from jaxblip.tasks.parts import qformer_config, vision_config
+from jaxblip.tasks.retrieval import RetrievalTask
 
 
-class Stage1Task(Task):
+class Stage1Task(RetrievalTask):
     """The three losses of BLIP-2 §3.2 in one function, over the global batch."""
 
-    fields = ("image", "text_ids", "text_mask", "image_id")
     frozen = ("vision",)
 
     def build_model(self) -> Blip2Stage1:
@@ -36,24 +34,13 @@ class Stage1Task(Task):
             (None, None, jax.random.key(0)) if rng is None else jax.random.split(rng, 3)
         )
         images, text_ids, text_mask = self.model_inputs(batch)
-        image_id = batch["image_id"] if config.use_image_id else None
-
         features = self.apply(params, images, method="image_features")
         image = self.apply(params, features, method="read_image")
         image_embeds, text_embeds, word_logits = self.apply(
             params, image, text_ids, text_mask, method="contrast_and_caption", rng=packed_rng
         )
-        itc = contrastive_loss(
-            image_embeds,
-            text_embeds,
-            1.0 / params["temperature"],
-            image_id=image_id,
-            label_smoothing=config.itc_label_smoothing,
-            gradient_to_all=config.gradient_to_all,
-        )
-        itm, itm_accuracy = self._matching(
-            params, image, text_ids, text_mask, itc, image_id, match_rng, negative_rng
-        )
+        itc = self._contrast(params, batch, image_embeds, text_embeds)
+        itm, itm_accuracy = self._matching(params, image, batch, itc, match_rng, negative_rng)
         itg = token_cross_entropy(
             word_logits[:, :-1],
             text_ids[:, 1:],
@@ -73,42 +60,7 @@ class Stage1Task(Task):
         }
         return LossOutput(loss, jnp.float32(text_ids.shape[0]), metrics)
 
-    def _matching(
-        self, params, image, text_ids, text_mask, itc, image_id, dropout_rng, negative_rng
-    ):
-        """ITM over the matched pairs, each text with a hard image, each image with a hard text."""
-        image_rng, text_rng = jax.random.split(negative_rng)
-        text_of_image, has_text = sample_hard_negatives(text_rng, itc.image_to_text, image_id)
-        image_of_text, has_image = sample_hard_negatives(image_rng, itc.text_to_image, image_id)
-
-        # The image's keys and values are computed already: negatives are gathered, not recomputed.
-        images = jax.tree.map(
-            lambda x: jnp.concatenate([x, x[:, image_of_text], x], axis=1), image
-        )
-        texts = jnp.concatenate([text_ids, text_ids, text_ids[text_of_image]])
-        masks = jnp.concatenate([text_mask, text_mask, text_mask[text_of_image]])
-        logits = self.apply(params, images, texts, masks, method="match", rng=dropout_rng)
-        matched = jnp.ones(len(text_ids), bool)
-        return matching_loss(
-            logits,
-            is_match=jnp.concatenate([matched, ~matched, ~matched]),
-            valid=jnp.concatenate([matched, has_image, has_text]),
-        )
-
-    def image_features(self, params, images):
-        """uint8 images to what the Q-Former reads, `[batch, tokens, vision_width]`."""
-        return self.apply(params, self.normalize_images(images), method="image_features")
-
     def embed_images(self, params, features):
         """Image features to L2-normalised embeddings `[batch, queries, embed]`."""
         image = self.apply(params, features, method="read_image")
         return self.apply(params, image, method="embed_images")
-
-    def embed_texts(self, params, text_ids, text_mask):
-        """Texts to L2-normalised embeddings `[batch, embed]`."""
-        return self.apply(params, text_ids, text_mask, method="embed_texts")
-
-    def match(self, params, features, text_ids, text_mask):
-        """ITM logit of "match" for pairs of image features and texts: `[batch]`."""
-        image = self.apply(params, features, method="read_image")
-        return self.apply(params, image, text_ids, text_mask, method="match")[:, 1]

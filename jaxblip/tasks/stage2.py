@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ class Stage2Task(Task):
     """
 
     frozen = ("vision", "language_model")
+    qformer_has_text: ClassVar[bool] = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -47,7 +50,7 @@ class Stage2Task(Task):
         # A frozen language model runs without dropout; LAVIS leaves it on for OPT by accident.
         return Blip2Stage2(
             vision_config(config),
-            qformer_config(config, has_text=False),
+            qformer_config(config, has_text=self.qformer_has_text),
             language_model_config(config, is_frozen=True),
             vision_norm_epsilon=config.model.vision_norm_epsilon,
             dtype=self.dtype,
@@ -66,28 +69,3 @@ class Stage2Task(Task):
     def language_model(self) -> nn.Module:
         """The language model by itself, as decoding wants it."""
         return make_language_model(self.model.language_model_config, self.dtype)
-
-    def prefix(
-        self,
-        params,
-        images,
-        prompt_ids,
-        prompt_valid=None,
-        instruction_ids=None,
-        instruction_valid=None,
-    ):
-        """What the language model continues or answers, and which of its positions count.
-
-        Args:
-          images: uint8.
-          prompt_ids: of each image, or one for all images, also as a list
-            (`data.inputs.prompt_ids`).
-          prompt_valid, instruction_ids, instruction_valid: as in `Blip2Stage2.prefix`.
-
-        Returns:
-          `[batch, queries + prompt, lm_width]` and bool `[batch, queries + prompt]`.
-        """
-        prompt = jnp.asarray(prompt_ids, jnp.int32), prompt_valid
-        instruction = instruction_ids, instruction_valid
-        images = self.normalize_images(images)
-        return self.apply(params, images, *prompt, *instruction, method="prefix")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxblip.config import default_config, overridden_fields
-from jaxblip.data.inputs import TOKENIZER_FOLDER
+from jaxblip.data.inputs import QFORMER_TOKENIZER_FOLDER, TOKENIZER_FOLDER
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.errors import UserError
 from jaxblip.interop.files import REPOSITORY
@@ -23,15 +24,34 @@ from jaxblip.interop.processors import find_image_processing
 from jaxblip.interop.published import Published, open_published
 from jaxblip.interop.tokenizer import published_tokenizer
 from jaxblip.models.language_models import LANGUAGE_MODELS
+from jaxblip.tasks import STAGE2_TASKS
 from jaxblip.tasks.parts import NOT_IN_CONFIG
 from jaxblip.training.checkpoints import CONFIG_FILE
-from jaxblip.training.sources import ALL, HUB, PARTS, is_converted, is_published
+from jaxblip.training.sources import (
+    ALL,
+    HUB,
+    PARTS,
+    is_converted,
+    is_published,
+    shared_parts,
+)
 
 # Fields that are choices of the training, not properties of weights.
-CHOICES = ("remat", "dropout", "hidden_dropout", "attention_dropout", "initializer_range")
+CHOICES = (
+    "remat",
+    "dropout",
+    "hidden_dropout",
+    "attention_dropout",
+    "initializer_range",
+    "enc_token_id",
+)
 # The section whose texts a task's tokenizer is for.
 TOKENIZER_OF = {
+    "blip_caption": "text",
+    "blip_retrieval": "text",
+    "blip_vqa": "text",
     "clip": "text",
+    "instruct": "language_model",
     "stage1": "qformer",
     "stage2": "language_model",
     "language_model": "language_model",
@@ -46,11 +66,13 @@ class Adopted:
       config: a copy, with revisions of repositories written out.
       tokenizer: makes the tokenizer of the source that decides it; None where none does.
       lines: what has changed in the config.
+      qformer_tokenizer: as `tokenizer`, of a Q-Former that has another one.
     """
 
     config: ConfigDict
     tokenizer: Callable[[], Any] | None
     lines: Sequence[str]
+    qformer_tokenizer: Callable[[], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +87,7 @@ class _Source:
       fields: what else it says of `config.model`.
       pixels: fields of `config.data`.
       is_clip: an image encoder of CLIP whose last block BLIP-2 leaves out.
-      tokenizer_of: section that its tokenizer belongs to.
-      tokenizer: makes it.
+      tokenizers: makes its tokenizers, by the section that each belongs to.
     """
 
     name: str
@@ -76,8 +97,7 @@ class _Source:
     fields: Mapping[str, Any]
     pixels: Mapping[str, Any]
     is_clip: bool
-    tokenizer_of: str
-    tokenizer: Callable[[], Any]
+    tokenizers: Mapping[str, Callable[[], Any]]
 
 
 def adopt_sources(config: ConfigDict) -> Adopted:
@@ -89,8 +109,10 @@ def adopt_sources(config: ConfigDict) -> Adopted:
     """
     overridden = overridden_fields(config)
     config = config.copy_and_resolve_references()
-    owner = TOKENIZER_OF[config.task]
-    tokenizer, lines = None, []
+    owners = [TOKENIZER_OF[config.task]]
+    if "qformer_tokenizer" in config.data:
+        owners.append("qformer")
+    tokenizers, lines = {}, []
     for field in (ALL, *PARTS):  # what is named for a part counts more
         name = config.init.get(field, "")
         if not is_published(name) and not is_converted(name):
@@ -99,10 +121,13 @@ def adopt_sources(config: ConfigDict) -> Adopted:
         with config.unlocked():
             config.init[field] = source.pinned
             lines += _adopt(config, field, source, overridden)
-        decides = owner == field or (field == ALL and not config.init.get(owner, ""))
-        if decides and source.tokenizer_of == owner:
-            tokenizer = source.tokenizer
-    return Adopted(config.lock(), tokenizer, lines)
+        for owner in owners:
+            decides = owner == field or (field == ALL and not config.init.get(owner, ""))
+            is_ours = source.task == config.task or owner in shared_parts(config.task, source.task)
+            if decides and is_ours and owner in source.tokenizers:
+                tokenizers[owner] = source.tokenizers[owner]
+    tokenizer, *other = map(tokenizers.get, owners)
+    return Adopted(config.lock(), tokenizer, lines, *other)
 
 
 def _adopt(
@@ -111,7 +136,8 @@ def _adopt(
     model, lines = config.model, []
     is_whole = field == ALL and source.task == config.task
     if field == ALL:
-        sections = [name for name in source.sections if name in PARTS or is_whole]
+        shared = shared_parts(config.task, source.task)
+        sections = [name for name in source.sections if name in shared or is_whole]
         sections = [name for name in sections if name in model and not config.init.get(name, "")]
     else:
         sections = [field]
@@ -127,7 +153,7 @@ def _adopt(
     # The norm is trained with the Q-Former, and its vocabulary has [DEC].
     of_qformer = ("vision_norm_epsilon", "dec_token_id") if "qformer" in sections else ()
     for name, value in source.fields.items():
-        if name in model and (is_whole or name in of_qformer):
+        if name in model and name not in CHOICES and (is_whole or name in of_qformer):
             _set(model, name, value, "model", source, overridden)
     if "vision" in sections:
         for name, value in source.pixels.items():
@@ -169,7 +195,7 @@ def _num_layers(
     )
     if is_given and given < there:
         return given, f" Of its {there} blocks the first {given} are used."
-    if not is_given and source.is_clip and config.task in ("stage1", "stage2"):
+    if not is_given and source.is_clip and config.task in ("stage1", *STAGE2_TASKS):
         return there - 1, (
             f" Its last block of {there} is left out, as in BLIP-2 (paper §3.1); "
             f"--config.model.vision.num_layers={there} keeps it."
@@ -235,14 +261,19 @@ def _published(name: str) -> _Source:
         published.fields,
         pixels,
         published.name in ("CLIPModel", "CLIPVisionModel"),
-        published.tokenizer_of,
-        lambda: tokenizer_or_error(published),
+        {
+            section: partial(tokenizer_or_error, published, folder)
+            for section, folder in published.tokenizers.items()
+        },
     )
 
 
 def _converted(name: str) -> _Source:
     saved = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
     model, task = saved["model"], saved["task"]
+    folders = {TOKENIZER_OF[task]: TOKENIZER_FOLDER}
+    if "qformer_tokenizer" in saved["data"]:
+        folders["qformer"] = QFORMER_TOKENIZER_FOLDER
     return _Source(
         repr(name),
         name,
@@ -251,8 +282,10 @@ def _converted(name: str) -> _Source:
         {field: value for field, value in model.items() if not isinstance(value, dict)},
         {field: tuple(saved["data"][field]) for field in ("pixel_mean", "pixel_std")},
         task == "clip",
-        TOKENIZER_OF[task],
-        lambda: load_tokenizer(str(Path(name) / TOKENIZER_FOLDER)),
+        {
+            section: partial(load_tokenizer, str(Path(name) / folder))
+            for section, folder in folders.items()
+        },
     )
 
 
@@ -276,9 +309,14 @@ def published_sections(published: Published) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def tokenizer_or_error(published: Published) -> Any:
-    """The tokenizer of published weights; UserError where there is none."""
-    tokenizer = published_tokenizer(published)
+def tokenizer_or_error(published: Published, folder: str = "") -> Any:
+    """The tokenizer of published weights (`Published.tokenizers`); UserError where none is."""
+    tokenizer = published_tokenizer(published, folder)
+    if tokenizer is None and folder:
+        raise UserError(
+            f"{published.weights.source!r} has no tokenizer in {folder!r} beside its weights: put "
+            "one there, or name one in data.qformer_tokenizer of a training."
+        )
     if tokenizer is None:
         raise UserError(
             f"{published.weights.source!r} has no tokenizer beside its weights: name one in "

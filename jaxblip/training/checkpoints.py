@@ -30,6 +30,7 @@ from jaxblip.training.piecewise import layer_chunks
 from jaxblip.training.state import Params, TrainState
 
 FOLDER = "checkpoints"
+_SHOWN = 5  # differing fields that an error lists
 CONFIG_FILE = "config.json"
 
 
@@ -370,10 +371,17 @@ def check_same_config(
         if (field in saved, saved.get(field)) != (field in current, current.get(field))
         and not any(field == name or field.startswith(name + ".") for name in ignore)
     ]
+    if saved.get("task") != current.get("task"):
+        raise UserError(
+            f"The work directory {workdir} holds a checkpoint of the task {saved.get('task')}, and "
+            f"the config is of {current.get('task')}: choose another --workdir."
+        )
     if differing:
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(
             f"The work directory {workdir} holds a checkpoint of another config: "
-            f"{'; '.join(differing)}. Choose another --workdir, or the old values."
+            f"{'; '.join(differing[:_SHOWN])}{more}. Choose the old values, or another --workdir, "
+            f"where --config.init.all={workdir} trains on from this one."
         )
 
 

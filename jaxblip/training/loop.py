@@ -39,7 +39,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     setup = prepare(config, workdir)
     config, mesh = setup.config, setup.mesh
-    evaluation = Evaluation(setup.task, setup.tokenizer, mesh) if config.eval.source else None
+    evaluation = None
+    if config.eval.source:
+        evaluation = Evaluation(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
     frozen, references = frozen_params(setup.task, mesh)
     write_description(setup)
 
@@ -110,6 +112,7 @@ def _batches(setup: Setup, position: dict[str, Any] | None) -> TrainBatches:
         setup.tokenizer,
         sharding.process_shard(setup.mesh),
         position,
+        setup.qformer_tokenizer,
     )
 
 

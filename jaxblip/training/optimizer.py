@@ -26,9 +26,12 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     every step, where LAVIS moves it once an epoch.
 
     Raises:
-      UserError: when the warm-up does not end before the run does.
+      UserError: when the warm-up does not end before the run does, or a rate is negative.
     """
     optimizer = config.optimizer
+    for name in ("peak_lr", "min_lr", "warmup_init_lr"):
+        if optimizer[name] < 0:
+            raise UserError(f"optimizer.{name}={optimizer[name]} must not be negative.")
     if not 0 <= optimizer.warmup_steps < config.steps:
         raise UserError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be at least 0 and below "

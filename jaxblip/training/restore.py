@@ -39,6 +39,7 @@ class Run:
     params: Params  # trainable
     frozen: Params
     step: int
+    qformer_tokenizer: Any = None  # where the Q-Former has another one (`instruct`)
 
 
 def read_config(workdir: str, step: int | None = None) -> tuple[ConfigDict, int]:
@@ -75,9 +76,10 @@ def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     task = make_task(config)
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = inputs.run_tokenizer(config, workdir, source=None)
+    qformer_tokenizer = inputs.run_qformer_tokenizer(config, workdir, source=None)
 
     saved = saved_params(f"{workdir}/{FOLDER}/{step}")
     params = put_params(saved, sharding.tree_shardings(saved, mesh))
     frozen, references = frozen_params(task, mesh)
     check_frozen(load_frozen_references(workdir, step), references, where=workdir)
-    return Run(task, tokenizer, mesh, params, frozen, step)
+    return Run(task, tokenizer, mesh, params, frozen, step, qformer_tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from jaxblip import sharding
 from jaxblip.config import MAY_CHANGE_ON_RESUME
 from jaxblip.data import inputs
 from jaxblip.data.samples import Source
-from jaxblip.data.tokenizers import save_tokenizer
 from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
 from jaxblip.training import checkpoints, environment
@@ -37,6 +35,7 @@ class Setup:
     mesh: Mesh
     source: Source
     tokenizer: Any
+    qformer_tokenizer: Any  # where the Q-Former has another one, else None
     task: Task
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -59,14 +58,18 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     source = inputs.open_train_source(config)
     adopted = adopt_sources(config)
     tokenizer = inputs.run_tokenizer(adopted.config, workdir, source, adopted.tokenizer)
-    config = inputs.with_vocabulary(adopted.config, tokenizer)
+    qformer_tokenizer = inputs.run_qformer_tokenizer(
+        adopted.config, workdir, source, adopted.qformer_tokenizer
+    )
+    config = inputs.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     abstract_params(task)  # shapes that do not fit each other, frozen parts that do not exist
     if jax.process_index() == 0:
         for line in adopted.lines:
             print(line)
-    return Setup(config, workdir, mesh, source, tokenizer, task, schedule, optimizer)
+    tokenizers = tokenizer, qformer_tokenizer
+    return Setup(config, workdir, mesh, source, *tokenizers, task, schedule, optimizer)
 
 
 def write_description(setup: Setup) -> None:
@@ -74,7 +77,7 @@ def write_description(setup: Setup) -> None:
     if jax.process_index() == 0:
         checkpoints.save_config(setup.workdir, setup.config.to_dict())
         environment.save_environment(setup.workdir)
-        save_tokenizer(setup.tokenizer, Path(setup.workdir) / inputs.TOKENIZER_FOLDER)
+        inputs.save_tokenizers(setup.tokenizer, setup.qformer_tokenizer, setup.workdir)
 
 
 def begin_or_resume(setup: Setup, saved: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:

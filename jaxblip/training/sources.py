@@ -22,6 +22,7 @@ from jaxblip.errors import UserError
 from jaxblip.interop.files import GGUF_SUFFIX, TORCH_SUFFIXES
 from jaxblip.interop.published import open_published
 from jaxblip.models.positions import interpolate_positions
+from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS
 from jaxblip.training.checkpoints import CONFIG_FILE, FOLDER, load_frozen_references, saved_steps
 from jaxblip.training.piecewise import InMemory, saved_params
 
@@ -38,6 +39,9 @@ PARTS = {
     "qformer": ("qformer", "vision_norm"),
     "language_model": ("language_model",),
 }
+# Further parts that the tasks of BLIP give each other.
+BLIP_PARTS = ("vision_norm", "text", "decoder")
+TEXT_SIDE = "text_embeddings"  # of the Q-Former, without which it has no other part of it
 # Beside the config of what `jaxblip convert` wrote: where it is from.
 CONVERTED_FILE = "published.json"
 _WEIGHTS = (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
@@ -103,6 +107,16 @@ def source_of(config: ConfigDict, part: str) -> str:
     return config.init.get(init_field(config, part), "") or config.init.get(ALL, "")
 
 
+def shared_parts(task: str, other: str) -> frozenset[str]:
+    """What a source of another task gives as `ALL`: no heads, which would be others there."""
+    shared = set(PARTS)
+    if task in BLIP_TASKS and other in BLIP_TASKS:
+        shared.update(BLIP_PARTS)
+    if task in STAGE2_TASKS and other in STAGE2_TASKS:
+        shared.add("projection")
+    return frozenset(shared)
+
+
 def stored_parts(config: ConfigDict, shapes: Params) -> Stored:
     """The values of `shapes` that are not random.
 
@@ -150,7 +164,7 @@ def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) 
     tree = _given(config, tree, saved["task"], "qformer" in saved["model"])
     for part, shapes in tree.items():
         if part not in trained:
-            if not config.init.get(init_field(config, part), ""):
+            if not _is_named(config, part):
                 continue  # `ALL` gives what there is
             raise UserError(
                 f"The run {origin.source!r} has no part {part!r}: it has "
@@ -159,9 +173,21 @@ def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) 
         have = trained[part]
         if part == "vision" and is_converted(origin.source):
             have = _fitted_encoder(have, shapes, origin.source)
+        if part == "qformer" and TEXT_SIDE not in have:  # a run of stage 2
+            shapes, lacking = _without_text_side(shapes)
+            if lacking:
+                stored.lacking[origin.source] = lacking
         values = _fit(have, shapes, part, origin.source)
         stored.params.update(flatten_dict({part: values}, sep="/"))
         stored.references[part] = {"source": origin.source, "revision": str(origin.step)}
+
+
+def _without_text_side(shapes: Params) -> tuple[Params, list[str]]:
+    """A Q-Former as stage 2 has it, and the path prefixes of what it is without."""
+    flat = flatten_dict({"qformer": shapes}, sep="/")
+    text = [path for path in flat if any(name.startswith("text_") for name in path.split("/"))]
+    rest = {path: leaf for path, leaf in flat.items() if path not in text}
+    return unflatten_dict(rest, sep="/")["qformer"], prefixes(text, rest)
 
 
 def _fitted_encoder(values: Params, shapes: Params, source: str) -> Params:
@@ -182,16 +208,19 @@ def _fitted_encoder(values: Params, shapes: Params, source: str) -> Params:
 
 
 def _given(config: ConfigDict, tree: Params, task: str, has_qformer: bool) -> Params:
-    """The parts that a source is to give.
-
-    As `ALL` it gives another task what tasks share: no heads, which would be others there.
-    """
-    shared = {*PARTS, *(("vision_norm",) if has_qformer else ())}
+    """The parts that a source is to give; as `ALL` it gives another task what tasks share."""
+    shared = {*shared_parts(config.task, task), *(("vision_norm",) if has_qformer else ())}
     return {
         part: shapes
         for part, shapes in tree.items()
-        if config.init.get(init_field(config, part), "") or task == config.task or part in shared
+        if _is_named(config, part) or task == config.task or part in shared
     }
+
+
+def _is_named(config: ConfigDict, part: str) -> bool:
+    """Whether a field other than `ALL` names a source for the part."""
+    field = init_field(config, part)
+    return field != ALL and bool(config.init.get(field, ""))
 
 
 def _origin(config: ConfigDict, part: str) -> Origin | None:

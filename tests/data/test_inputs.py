@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from jaxblip.config import default_config
 from jaxblip.data import inputs
 from jaxblip.data.pipeline import Preprocess, TrainBatches, input_tokens
 from jaxblip.data.shapes import ShapesSource
-from jaxblip.data.tokenizers import train_wordpiece
+from jaxblip.data.tokenizers import save_tokenizer, train_wordpiece
+from jaxblip.errors import UserError
+from jaxblip.tasks import make_task
 
 SOURCE = ShapesSource("train", 24, size=40)
 CAPTIONS = [caption for i in range(len(SOURCE)) for caption in SOURCE[i]["captions"]]
@@ -183,3 +189,142 @@ def test_what_is_not_divided_is_drawn_as_before(tokenizer):
         expected = next(batches)
     for field, array in expected.items():
         np.testing.assert_array_equal(batch[field], array)
+
+
+# Instructions
+
+ASKED = [
+    {"question": "What Is It?", "answers": ["A Cat.", "A Cat."]},
+    {"instruction": "Say: what is left of the red circle", "output": "It."},
+]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "asked.jsonl"
+    path.write_text("".join(json.dumps(line | {"image": "a.png"}) + "\n" for line in ASKED))
+    return str(path)
+
+
+def instruct_config(language_model, path, **data):
+    config = make_config("instruct", language_model, **data)
+    config.data.update(train=path, max_instruction_tokens=10)
+    if language_model == "t5":
+        config.data.max_input_tokens = 8
+    return config.lock()
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_an_instruction_is_read_by_both_and_before_its_output(tokenizer, asked, language_model):
+    config = instruct_config(language_model, asked)
+    fields = make_task(inputs.with_vocabulary(config, tokenizer, tokenizer)).fields[1:]
+    source, encoder = inputs.open_train_source(config), inputs.text_encoder(config, tokenizer)
+    other = train_wordpiece(["what is it say left of the red circle ? :"], 300)
+    settings = (config, fields, source, tokenizer, (0, 1), None, other)
+    with inputs.train_batches(*settings) as batches:
+        batch = next(batches)
+    seen = set()
+    for row in range(config.batch_size):
+        instruction = batch["instruction_ids"][row][batch["instruction_mask"][row]].tolist()
+        text = batch["text_ids"][row][batch["text_mask"][row]].tolist()
+        line = next(
+            line for line in ASKED
+            for words in [line.get("question") or line["instruction"]]
+            if other(words).input_ids[-len(instruction) + 1 :] == instruction[1:]
+        )  # fmt: skip
+        words = line.get("question") or line["instruction"]
+        output = "A Cat." if "question" in line else "It."
+        assert instruction == other(words, truncation=False).input_ids[:1] + instruction[1:]
+        assert len(instruction) <= 10
+        prompt = inputs.prompt_ids(config, encoder, words)  # what generation begins with
+        answer = [*tokenizer(output, add_special_tokens=False).input_ids, encoder.stop_id]
+        if language_model == "t5":
+            assert batch["input_ids"][row][batch["input_mask"][row]].tolist() == prompt
+            assert len(prompt) <= 8 and text == answer
+        else:
+            assert text == prompt + answer and batch["prompt_length"][row] == len(prompt) <= 10
+            assert prompt[0] == encoder.start_id
+        seen.add(words)
+    assert len(seen) == 2
+
+
+def test_a_source_without_instructions_is_refused(asked):
+    for task, fields in (
+        ("instruct", {}),
+        ("blip_vqa", {}),
+        ("stage2", {"prompt": "Question: {} Answer:"}),
+    ):
+        config = make_config(task, "opt", train="shapes:train", **fields)
+        reader = "blip_vqa" if task == "blip_vqa" else "data.prompt='"
+        for which in ("train", "source"):
+            config.eval.source = "shapes:heldout"
+            read = inputs.open_train_source if which == "train" else inputs.read_eval_set
+            with pytest.raises(UserError) as error:
+                read(config)
+            assert f"have no instruction, which {reader}" in str(error.value)
+        config.data.train = asked
+        inputs.open_train_source(config)
+    config = make_config("instruct", "opt", train="shapes:train", prompt="What is there?")
+    inputs.open_train_source(config)  # one instruction for all
+
+
+def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
+    config = make_config("stage2", "opt", train=asked, prompt="a {} of")
+    source = inputs.open_train_source(config)
+    fields = ("text_ids", "text_mask", "prompt_length")
+    with inputs.train_batches(config, fields, source, tokenizer, (0, 1), None) as batches:
+        batch = next(batches)
+    found = {tokenizer.decode(ids[mask], skip_special_tokens=True)
+             for ids, mask in zip(batch["text_ids"], batch["text_mask"], strict=True)}  # fmt: skip
+    encode = functools.partial(tokenizer, add_special_tokens=False)
+    expected = [
+        "a what is it? of a cat",  # questions and answers are cleaned
+        "a say what is left of the red circle of it",
+    ]
+    assert found == {tokenizer.decode(encode(text).input_ids, True) for text in expected}
+    lengths = {1 + len(encode(text.rpartition(" of ")[0] + " of").input_ids) for text in expected}
+    assert set(batch["prompt_length"].tolist()) == lengths
+
+
+def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_path):
+    config = instruct_config("opt", asked)
+    source = inputs.open_train_source(config)
+    assert inputs.run_qformer_tokenizer(make_config("stage2", "opt"), tmp_path, source) is None
+    words = {"[DEC]", "Say", "say", "what"}
+    trained = inputs.run_qformer_tokenizer(config, tmp_path, source)
+    assert words - set(trained.get_vocab()) == {"Say"} and "sit" not in trained.get_vocab()
+    # That of stage 1, which is a Q-Former's; not that of stage 2, which is a language model's.
+    for task in ("stage1", "stage2"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "config.json").write_text(json.dumps({"task": task}))
+        save_tokenizer(tokenizer, tmp_path / task / inputs.TOKENIZER_FOLDER)
+        with config.unlocked():
+            config.init.qformer = str(tmp_path / task)
+        taken = inputs.run_qformer_tokenizer(config, tmp_path, source).get_vocab()
+        assert (taken == tokenizer.get_vocab()) == (task == "stage1")
+        assert inputs.run_tokenizer(config, tmp_path, source).get_vocab() != tokenizer.get_vocab()
+    # What is named counts more; [DEC] is added where the vocabulary has room for it.
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")),
+        pad_token="[PAD]", unk_token="[UNK]",
+    )  # fmt: skip
+    save_tokenizer(bare, tmp_path / "named")
+    with config.unlocked():
+        config.data.qformer_tokenizer = str(tmp_path / "named")
+    assert len(inputs.run_qformer_tokenizer(config, tmp_path, source)) == 3
+    with config.unlocked():
+        config.model.qformer.vocab_size = 2
+    named = inputs.run_qformer_tokenizer(config, tmp_path, source)
+    assert len(named) == 2
+    filled = inputs.with_vocabulary(config, tokenizer, named)
+    assert (filled.model.qformer.vocab_size, filled.model.language_model.vocab_size) == (
+        2, len(tokenizer),
+    )  # fmt: skip
+    # A run that goes on has both.
+    inputs.save_tokenizers(tokenizer, named, tmp_path / "run")
+    assert len(inputs.run_qformer_tokenizer(config, tmp_path / "run", source)) == 2
+    assert len(inputs.run_tokenizer(config, tmp_path / "run", source)) == len(tokenizer)
+    with config.unlocked():
+        config.data.qformer_tokenizer = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="data.qformer_tokenizer='.*nowhere' is no tokenizer"):
+        inputs.run_qformer_tokenizer(config, tmp_path, source)

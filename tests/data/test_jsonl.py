@@ -72,6 +72,26 @@ def test_no_captions_is_a_bad_sample_and_not_a_defect_of_the_file(tmp_path):
     ] == [""]
 
 
+def test_questions_and_instructions_are_read_with_what_answers_them(tmp_path):
+    lines = [
+        {"image": "a.png", "question": "What is it?", "answer": "A cat."},
+        {"image": "a.png", "question": "how many", "answers": ["2", "2", "two"], "caption": "cats"},
+        {"image": "b.png", "instruction": "Describe it.", "output": "It is\na dog."},
+        {"image": "b.png", "instruction": "Shorter.", "outputs": ["A dog.", "Dog."], "id": 7},
+    ]
+    source = JsonlSource(write(tmp_path, lines)).without_images()
+    assert source.has_instructions and pickle.loads(pickle.dumps(source)).has_instructions
+    assert [source[i] for i in range(4)] == [
+        {"captions": ["A cat."], "image_id": 0, "instruction": "What is it?"},
+        {"captions": ["2", "2", "two"], "image_id": 0, "instruction": "how many"},
+        {"captions": ["It is\na dog."], "image_id": 1, "instruction": "Describe it."},
+        {"captions": ["A dog.", "Dog."], "image_id": 2, "instruction": "Shorter."},
+    ]
+    mixed = JsonlSource(write(tmp_path, [*lines, GOOD])).without_images()
+    assert not mixed.has_instructions
+    assert mixed[4] == {"captions": ["a"], "image_id": 0}
+
+
 GOOD = {"image": "a.png", "caption": "a"}
 
 
@@ -87,6 +107,36 @@ GOOD = {"image": "a.png", "caption": "a"}
         ({"image": "a.png", "captions": "a"}, r'data\.jsonl:2: "captions" is "a"'),
         ({"image": "a.png", "captions": [1]}, r'data\.jsonl:2: "captions" is \[1\]'),
         ({"image": "a.png", "caption": "a", "id": [1]}, r'data\.jsonl:2: "id" is \[1\]'),
+        (
+            {"image": "a.png", "question": "what"},
+            r'data\.jsonl:2: no "answer" \(or "answers"\), the line has "image", "question"; '
+            r'write it like {.*"question": .*"answer": ',
+        ),
+        (
+            {"image": "a.png", "instruction": "what", "captions": 3},
+            r'data\.jsonl:2: "captions" is 3',
+        ),
+        (
+            {"image": "a.png", "instruction": "what", "answer": "a"},
+            r'data\.jsonl:2: no "question", .*"question": .*"answer": ',
+        ),
+        (
+            {"image": "a.png", "outputs": ["a"]},
+            r'data\.jsonl:2: no "instruction", .*"instruction": .*"output": ',
+        ),
+        ({"question": "what", "answer": "a"}, r'data\.jsonl:2: no "image", .*"question": '),
+        (
+            {"image": "a.png", "question": 3, "answer": "a"},
+            r'data\.jsonl:2: "question" is 3, not a text',
+        ),
+        (
+            {"image": "a.png", "question": "a", "answers": [{"answer": "b"}]},
+            r'data\.jsonl:2: "answers" is \[{"answer": "b"}\], not a list of texts',
+        ),
+        (
+            {"image": "a.png", "instruction": "a", "output": None},
+            r'data\.jsonl:2: "output" is null, not a text',
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):

@@ -191,6 +191,101 @@ class Broken:
         return ShapesSource("train", 24, size=self.size)[index]
 
 
+# Instructions
+
+
+COLOURS = "red orange yellow green cyan blue purple".split()
+
+
+class Asked(ShapesSource):
+    """Shapes with an instruction each, some long and one empty, and captions of unequal weight."""
+
+    def __getitem__(self, index):
+        words = [COLOURS[index % 7], *("circle square ring".split() * (index % 3))]
+        captions = ["large blue", "small red", "small red", "small red"]
+        return super().__getitem__(index) | {
+            "instruction": "" if index == 13 else f"What? A {' '.join(words)}",
+            "captions": [f"{caption} {COLOURS[index % 7]}" for caption in captions],
+        }
+
+    def without_images(self):
+        return self
+
+
+ASKED = Asked("train", 24, size=20)
+ASKING = ("text_ids", "text_mask", "prompt_length", "instruction_ids", "instruction_mask")
+
+
+@pytest.fixture(scope="module")
+def asking(encoder):
+    """An instruction of up to 8 tokens here, and up to 6 in front of its text."""
+    texts = [" ".join(COLOURS), "circle square ring", "what ? a : large small red blue"]
+    wordpiece = train_wordpiece(texts, 300)
+    return Preprocess(
+        (*ASKING, "image_id"),
+        encoder=TextEncoder(wordpiece, 16, "language_model"),
+        prompt="ask: {} ?",
+        instruction_encoder=TextEncoder(wordpiece, 8, "qformer", truncation="left"),
+        max_instruction_tokens=6,
+    ), wordpiece
+
+
+def test_each_text_stands_behind_the_instruction_of_its_example(asking):
+    preprocess, wordpiece = asking
+    everything = rows(take(30, ASKED, preprocess, batch_size=10, seed=5, max_bad_share=1.0)[0])
+    assert set(everything["image_id"].tolist()) == set(range(20)) - {13}
+    lengths, outputs = set(), Counter()
+    for row, index in enumerate(everything["image_id"].tolist()):
+        ids, mask = everything["instruction_ids"][row], everything["instruction_mask"][row]
+        colour, repeats = COLOURS[index % 7], index % 3
+        words = f"ask: what? a {colour} {'circle square ring ' * repeats}?"
+        tokens = wordpiece(words, add_special_tokens=False).input_ids
+        assert ids[mask].tolist() == [2, *tokens[-6:], 3]
+        assert not ids[~mask].any() and (mask == (np.arange(8) < mask.sum())).all()
+        text, counts = everything["text_ids"][row], everything["text_mask"][row]
+        length = everything["prompt_length"][row]
+        assert text[:length].tolist() == [2, *tokens[-5:]]
+        output = wordpiece.decode(text[counts][length:], skip_special_tokens=True)
+        assert output.endswith(f" {colour}") and text[counts][-1] == 3
+        outputs[output.removesuffix(f" {colour}")] += 1
+        lengths.add(int(length))
+    assert max(lengths) == 6 and set(outputs) == {"large blue", "small red"}
+    assert 2 < outputs["small red"] / outputs["large blue"] < 4.5  # repeats are weights
+
+
+def test_the_position_is_exact_with_instructions_too(asking):
+    preprocess, _ = asking
+    settings = dict(batch_size=4, seed=7, max_bad_share=1.0)
+    straight, state = take(12, ASKED, preprocess, **settings)
+    assert state["skipped"] == {"empty instruction": state["examined"] - 48}
+    on, _ = take(7, ASKED, preprocess, start_example=20, num_workers=1, **settings)
+    assert_equal(straight[5:], on)
+    for index in range(2):
+        part, _ = take(
+            7, ASKED, preprocess, start_example=20, process_index=index, process_count=2, **settings
+        )
+        halves = [{field: x[index::2] for field, x in batch.items()} for batch in straight[5:]]
+        assert_equal(halves, part)
+
+
+def test_an_instruction_alone_stands_in_no_text(asking, encoder):
+    """Where the prompt is empty, one part of the task reads the instruction, another the text."""
+    preprocess, _ = asking
+    batches, _ = take(
+        2, ASKED, dataclasses.replace(preprocess, prompt=""), batch_size=4, seed=0, max_bad_share=1
+    )
+    asked = rows(batches)
+    assert not asked["prompt_length"].any() and set(asked["text_mask"].sum(axis=1)) == {5}
+    assert (asked["instruction_mask"].sum(axis=1) > 4).all()
+
+
+def test_a_prompt_without_a_place_is_the_instruction_of_all(asking):
+    preprocess, wordpiece = asking
+    fixed = dataclasses.replace(preprocess, prompt="what?")
+    ids = rows(take(2, SOURCE, fixed, batch_size=4, seed=0)[0])["instruction_ids"]
+    assert (ids[:, :4] == wordpiece("what?").input_ids).all()
+
+
 def test_text_tasks_never_ask_for_an_image(encoder):
     class NoPicture(ShapesSource):
         def _render(self, scene, rng):
@@ -301,6 +396,8 @@ def test_preprocess_refuses_what_it_cannot_make(encoder):
         Preprocess(("pixels",), encoder=encoder)
     with pytest.raises(ValueError, match="encoder"):
         Preprocess(("image", "text_ids"))
+    with pytest.raises(ValueError, match="encoder for the instruction"):
+        Preprocess(("text_ids", "instruction_ids"), encoder=encoder)
 
 
 def test_eval_set_has_one_entry_an_image(tmp_path):
@@ -323,6 +420,32 @@ def test_eval_set_has_one_entry_an_image(tmp_path):
     np.testing.assert_array_equal(evalset.images[0], np.asarray(expected))
     assert evalset.skipped == {"corrupt image": 1, "empty caption": 1}
     assert evalset.converted == {"converted grayscale": 1}
+
+
+def test_eval_set_has_one_entry_an_instruction(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encode(Image.fromarray(photo())))
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [
+        {"image": "a.png", "question": "What is it?", "answers": ["A Cat", "a cat", "Dog"]},
+        {"image": "b.png", "question": "What is it?", "answer": "none"},
+        {"image": "a.png", "question": "How many?", "answer": "2"},
+        {"image": "b.png", "question": " ", "answer": "2"},
+        {"image": "a.png", "question": "What is it?", "answer": "Fox"},
+    ])))
+    cleaned, written = (
+        iterate_eval_images(JsonlSource(path), 24, 10_000, max_words, instructions=True)
+        for max_words in (50, 0)
+    )
+    assert cleaned.instructions == ["what is it?", "what is it?", "how many?"]
+    assert cleaned.captions == [["a cat", "dog", "fox"], ["none"], ["2"]]
+    assert written.instructions == ["What is it?", "What is it?", "How many?"]
+    assert written.captions == [["A Cat", "a cat", "Dog", "Fox"], ["none"], ["2"]]
+    assert cleaned.rows.tolist() == [0, 1, 0] == cleaned.image_ids.tolist()
+    assert len(cleaned.images) == 2 and cleaned.skipped == {"empty instruction": 1}
+    ignored = iterate_eval_images(JsonlSource(path), 24, 10_000, 50)
+    assert ignored.instructions == ["", ""] and ignored.rows.tolist() == [0, 1]
+    assert ignored.captions == [["a cat", "dog", "2", "fox"], ["none", "2"]]
 
 
 def test_eval_set_of_shapes_is_whole_and_in_order():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxblip.data.text import clean_caption, clean_question
+from jaxblip.data.text import clean_caption, clean_question, fill_prompt, join_prompt
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,22 @@ def test_clean_question_deletes_what_captions_replace():
     assert clean_question("What's one.two (here)?  ") == "what's onetwo here?"
     assert clean_question("  A  B", 50) == "  a  b"  # only the end is stripped, runs stay
     assert clean_question("a b c d", 2) == "a b"
+
+
+def test_without_a_number_of_words_texts_stay_as_they_are():
+    text = "  Look:  It's A (very) big\ndog!! "
+    assert clean_caption(text, 0) == clean_question(text, 0) == text.strip()
+    assert clean_caption("A cat. ", 0, "It is ") == "It is A cat."
+
+
+def test_a_prompt_has_one_place_for_the_instruction():
+    assert fill_prompt("Question: {} Answer:", "what {} is") == "Question: what {} is Answer:"
+    assert fill_prompt("{} or {}", "this") == "this or {}"
+    assert fill_prompt("a {photo} of", "what") == "a {photo} of"
+    assert fill_prompt("", "what") == ""
+
+
+def test_one_space_stands_between_a_prompt_and_its_text():
+    assert join_prompt("a photo of", "a cat") == join_prompt("a photo of  ", "a cat")
+    assert join_prompt("a photo of", "a cat") == "a photo of a cat"
+    assert join_prompt(" ", "a cat") == join_prompt("", "a cat") == "a cat"

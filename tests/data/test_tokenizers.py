@@ -1,5 +1,6 @@
 """Trained and loaded tokenizers, and the two forms of encoded text."""
 
+import copy
 import json
 import os
 import pickle
@@ -203,6 +204,27 @@ def test_prompt_length_counts_bos_and_the_words_of_the_prompt(opt_like, wordpiec
     assert length == 4
     assert with_caption[:length].tolist() == without[:length].tolist()
     assert with_caption[length] == opt_like.convert_tokens_to_ids("Ġcat")
+
+
+def test_a_long_text_is_cut_at_the_end_that_is_asked_for(wordpiece):
+    words = "a b c d e f g h".split()
+    for truncation, kept in (("right", words[:4]), ("left", words[-4:])):
+        encoder = TextEncoder(wordpiece, 6, "qformer", truncation=truncation)
+        (ids,), (mask,) = encoder([" ".join(words)])
+        assert ids.tolist() == wordpiece(" ".join(kept)).input_ids and mask.all()
+        short = wordpiece("a b").input_ids
+        assert encoder(["a b"])[0][0].tolist() == short + [0, 0]
+    # As BERT's own tokenizer does it.
+    wordpiece = copy.deepcopy(wordpiece)
+    wordpiece.truncation_side = "left"
+    expected = wordpiece(" ".join(words), truncation=True, max_length=6).input_ids
+    assert ids.tolist() == expected
+
+
+def test_the_first_tokens_of_a_prompt_can_be_skipped(wordpiece):
+    encoder = TextEncoder(wordpiece, 8, "language_model")
+    assert encoder.prompt_length("a b c d", skip=3) == 2
+    np.testing.assert_array_equal(encoder.row(["a b c d e"], 3), encoder.row(["d e"]))
 
 
 def test_a_stop_that_is_no_single_token(wordpiece, opt_like):

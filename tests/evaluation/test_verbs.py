@@ -13,8 +13,10 @@ from PIL import Image
 from jaxblip.cli import main
 from jaxblip.config import load_config
 from jaxblip.data import inputs
+from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.evaluation.verbs import evaluate, generate
 from jaxblip.training.loop import train
+from jaxblip.training.metrics import read_metrics
 from tiny_tasks import fast_jit
 
 CONFIG = """
@@ -35,7 +37,10 @@ def get_config(arg=""):
     config.model.language_model.update(sizes)
     if language_model == "t5":
         config.model.language_model.update(num_decoder_layers=1, head_width=8)
-    if task == "stage2":
+    if task == "instruct":
+        config.data.prompt, config.eval.min_new_tokens = "{}", 0
+        config.data.max_text_tokens, config.data.max_instruction_tokens = 24, 8
+    if task in ("instruct", "stage2"):
         config.model.vision.update(patch_size_px=12, **sizes)
         config.model.qformer.update(
             num_query_tokens=4, cross_attention_frequency=1, hidden_dropout=0.0,
@@ -53,9 +58,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
     monkeypatch.setattr(jax, "jit", fast_jit)
 
-    def trained(which):
+    def trained(which, *overrides):
         (tmp_path / "config.py").write_text(CONFIG)
-        train(load_config(f"{tmp_path / 'config.py'}:{which}"), str(tmp_path / "run"))
+        train(load_config(f"{tmp_path / 'config.py'}:{which}", overrides), str(tmp_path / "run"))
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["model"]["language_model"]["architecture"] == which.partition("-")[2]
         return str(tmp_path / "run"), config
@@ -96,6 +101,40 @@ def test_a_run_of_stage2_writes_captions(run, language_model, tmp_path, capsys):
         assert {"caption_exact", "bleu4"} <= metrics.keys()
         lines = (Path(workdir) / "predictions.jsonl").read_text().splitlines()
         assert len(lines) == 8
+
+
+def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys):
+    pictures, lines = [], []
+    for shade in (40, 90, 140, 200):
+        pictures.append(str(tmp_path / f"{shade}.png"))
+        Image.fromarray(np.full((30, 30, 3), shade, np.uint8)).save(pictures[-1])
+        for question, answers in (("How Dark?", [f"It is {shade}."]), ("Why?", ["no", "no", "so"])):
+            lines.append({"image": pictures[-1], "question": question, "answers": answers})
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workdir, config = run("instruct-llama", f"data.train={data}", f"eval.source={data}")
+    sizes = [config["model"][part]["vocab_size"] for part in ("qformer", "language_model")]
+    for folder, size in zip(("qformer_tokenizer", "tokenizer"), sizes, strict=True):
+        assert len(load_tokenizer(f"{workdir}/{folder}")) == size
+    last = read_metrics(workdir)[-1]  # of the evaluation at the end of the run
+    metrics = evaluate(workdir)
+    assert metrics.keys() == {"caption_exact", "bleu4"}
+    assert all(last[f"eval/{name}"] == pytest.approx(metrics[name]) for name in metrics)
+    written = (Path(workdir) / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in written]
+    assert [row["instruction"] for row in rows] == ["How Dark?", "Why?"] * 4
+    assert [row["image_id"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rows[2]["references"] == ["It is 90."] and rows[3]["references"] == ["no", "so"]
+    page = (Path(workdir) / "results.html").read_text()
+    assert "<small>How Dark?</small>" in page and "<small>Why?</small>" in page
+    # What a user asks is answered as it is in the evaluation.
+    as_evaluated = dict(max_new_tokens=5, min_new_tokens=0, length_penalty=1.0)
+    answers = generate(workdir, pictures, question="Why?", **as_evaluated)
+    assert [text for _, text in answers] == [row["caption"] for row in rows[1::2]]
+    verb = ["generate", f"--checkpoint={workdir}", "--image", pictures[0], "--num-beams=1"]
+    capsys.readouterr()
+    assert main([*verb, "--prompt=Why?", "--stream"]) == 0
+    assert capsys.readouterr().out == f"{pictures[0]}: {rows[1]['caption']}\n"
 
 
 def test_a_t5_learns_language_alone(run):

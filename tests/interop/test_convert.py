@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,7 +13,17 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from published_folders import MEAN, STD, pixels, publish, random_model, tokenizer_of
+from published_folders import INSTRUCTBLIP, MEAN, STD, pixels, publish, random_model, tokenizer_of
+from reference_blip import (
+    ANSWERING,
+    CAPTIONING,
+    DEC,
+    RETRIEVAL,
+    SEP,
+    SMOOTHING,
+    random_texts,
+)
+from reference_blip import CLASSES as BLIP
 from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, read_all, same_bits, shapes_of
 from tiny_tasks import fast_jit
 
@@ -60,7 +71,7 @@ def assert_close(actual, expected):
 
 
 @torch.no_grad()
-def blip2_logits(reference, is_encoder_decoder):
+def blip2_logits(reference, is_encoder_decoder, **instruction):
     text, valid = (INPUT, INPUT_VALID) if is_encoder_decoder else (IDS, VALID)
     prefix = np.full((2, QUERIES), IMAGE_TOKEN)
     mask = np.concatenate([prefix > 0, valid], axis=1)
@@ -69,6 +80,7 @@ def blip2_logits(reference, is_encoder_decoder):
         input_ids=torch.tensor(np.concatenate([prefix, text], axis=1)),
         attention_mask=torch.tensor(mask).long(),
         labels=torch.tensor(IDS) if is_encoder_decoder else None,
+        **instruction,
     ).logits
     return logits if is_encoder_decoder else logits[:, QUERIES - 1 : -1]
 
@@ -105,6 +117,49 @@ def test_blip2(language_model, tmp_path):
     assert processor.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
 
 
+@pytest.mark.parametrize("language_model", ["llama", "t5"])
+def test_instructblip(language_model, tmp_path):
+    reference = publish(tmp_path / "hf", INSTRUCTBLIP, language_model)
+    lines = "\n".join(convert(str(tmp_path / "hf"), str(tmp_path / "run")))
+    assert f"{INSTRUCTBLIP}: written as a run of the task instruct" in lines
+    run = run_of(tmp_path / "run")
+    data, qformer = run.task.config.data, run.task.config.model.qformer
+    assert (qformer.vocab_size, qformer.max_positions, data.max_instruction_tokens) == (WORDS, 8, 8)
+    assert len(run.qformer_tokenizer) == WORDS and "[DEC]" in run.qformer_tokenizer.get_vocab()
+    asked, valid = np.clip(INPUT, 0, WORDS - 1), INPUT_VALID
+    batch = {
+        "image": jnp.asarray(IMAGES), "text_ids": IDS, "text_mask": VALID, "input_ids": INPUT,
+        "input_mask": INPUT_VALID, "instruction_ids": asked, "instruction_mask": valid,
+    }  # fmt: skip
+    logits = compute(run, *run.task.model_inputs(batch))
+    instruction = {
+        "qformer_input_ids": torch.tensor(asked),
+        "qformer_attention_mask": torch.tensor(valid).long(),
+    }
+    is_t5 = language_model == "t5"
+    expected = blip2_logits(reference, is_t5, **instruction)
+    assert_close(logits[VALID], expected[torch.tensor(VALID)])
+
+    again = back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+    np.testing.assert_array_equal(blip2_logits(again, is_t5, **instruction), expected)
+    processor = transformers.InstructBlipProcessor.from_pretrained(tmp_path / "again")
+    assert processor.num_query_tokens == QUERIES and again.config.image_token_index == IMAGE_TOKEN
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / folder / "qformer_tokenizer")
+        for folder in ("hf", "again")
+    )
+    assert processor.qformer_tokenizer.get_vocab() == ours.get_vocab() == theirs.get_vocab()
+    assert_close(processor(images=list(IMAGES), return_tensors="pt").pixel_values, pixels(IMAGES))
+
+
+def test_instructblip_without_its_second_tokenizer(tmp_path, capfd):
+    publish(tmp_path / "hf", INSTRUCTBLIP, "t5")
+    shutil.rmtree(tmp_path / "hf/qformer_tokenizer")
+    message = failing(tmp_path, {"from": tmp_path / "hf", "to": tmp_path / "run"}, capfd)
+    assert "has no tokenizer in 'qformer_tokenizer'" in message and message.count("\n") == 1
+
+
 def test_retrieval(tmp_path):
     reference = publish(tmp_path / "hf", "Blip2ForImageTextRetrieval")
     lines = "\n".join(convert(str(tmp_path / "hf"), str(tmp_path / "run")))
@@ -131,6 +186,85 @@ def compute_match(run, ids):
         return run.task.apply(params, image, ids, VALID, method="match")
 
     return np.asarray(fast_jit(match)(run.params))
+
+
+BLIP_IDS, BLIP_VALID = random_texts((6, 3))
+BLIP_QUESTIONS, FULL = random_texts((5, 5), seed=1, length=5)
+
+
+def blip_inputs(name):
+    """A batch, and what transformers takes for it; it sees all of the questions in any case."""
+    ids = np.concatenate([np.full((2, 1), DEC), BLIP_IDS[:, 1:]], axis=1)
+    labels = torch.tensor(np.where(BLIP_VALID, ids, -100))
+    mask = torch.tensor(BLIP_VALID).long()
+    batch = {"image": IMAGES, "text_ids": BLIP_IDS, "text_mask": BLIP_VALID}
+    theirs = {"pixel_values": pixels(IMAGES)}
+    if name == CAPTIONING:
+        batch["prompt_length"] = np.zeros(2, np.int32)
+        texts = {"input_ids": torch.tensor(ids), "attention_mask": mask, "labels": labels}
+        return batch, theirs | texts
+    if name == RETRIEVAL:
+        return batch, theirs | {"input_ids": torch.tensor(BLIP_IDS), "attention_mask": mask}
+    batch |= {"instruction_ids": BLIP_QUESTIONS, "instruction_mask": FULL}
+    return batch, theirs | {
+        "input_ids": torch.tensor(BLIP_QUESTIONS),
+        "attention_mask": torch.tensor(FULL).long(),
+        "decoder_input_ids": torch.tensor(ids),
+        "decoder_attention_mask": mask,
+        "labels": labels,
+    }
+
+
+def assert_same_blip(run, reference, name):
+    batch, theirs = blip_inputs(name)
+    with torch.no_grad():
+        if name == RETRIEVAL:
+            match, images, texts = compute(run, *run.task.model_inputs(batch))
+            assert_close(match, reference(**theirs, use_itm_head=True).itm_score)
+            assert_close(images @ texts.T, reference(**theirs, use_itm_head=False).itm_score)
+        else:
+            loss = fast_jit(lambda params: run.task.loss(params, batch, None).loss)(run.params)
+            np.testing.assert_allclose(loss, reference(**theirs).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLIP)
+def test_blip(name, tmp_path):
+    reference = publish(tmp_path / "hf", name)
+    lines = "\n".join(convert(str(tmp_path / "hf"), str(tmp_path / "run")))
+    task = {RETRIEVAL: "blip_retrieval", CAPTIONING: "blip_caption"}.get(name, "blip_vqa")
+    assert f"{name}: written as a run of the task {task}" in lines
+    assert ("It has no temperature" in lines) == (name == RETRIEVAL)
+    run = run_of(tmp_path / "run")
+    data, model = run.task.config.data, run.task.config.model
+    assert (data.image_size_px, data.pixel_mean, data.pixel_std) == (8, MEAN, STD)
+    assert run.tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [DEC, DEC + 1]
+    assert (model.get("dec_token_id", DEC), model.get("enc_token_id", 0)) == (DEC, 0)
+    assert_same_blip(run, reference, name)
+
+    left = ("temperature", "left behind") if name == RETRIEVAL else ()
+    again = back(tmp_path / "run", tmp_path / "again", tmp_path / "hf", *left)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "again")
+    assert type(processor).__name__ == "BlipProcessor"
+    inputs = processor(images=list(IMAGES), return_tensors="pt")
+    assert_close(inputs["pixel_values"], pixels(IMAGES))
+    if name != RETRIEVAL:  # what ends, begins and fills a text is in the config, too
+        inputs = {"pixel_values": pixels(IMAGES), "max_new_tokens": 9}
+        if name == ANSWERING:
+            inputs["input_ids"] = torch.tensor(BLIP_QUESTIONS)
+        expected = reference.generate(**inputs)
+        assert (expected == SEP).any()
+        torch.testing.assert_close(again.generate(**inputs), expected)
+        assert again.config.text_config.label_smoothing == SMOOTHING
+
+
+def test_blip_that_reads_texts_with_enc_says_so_when_it_is_exported(tmp_path):
+    publish(tmp_path / "hf", RETRIEVAL)
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["model"]["enc_token_id"] = DEC + 1
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    lines = "\n".join(convert(str(tmp_path / "run"), str(tmp_path / "out")))
+    assert f"begins here with the token {DEC + 1} (model.enc_token_id)" in lines
 
 
 def test_clip(tmp_path):

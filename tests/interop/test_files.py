@@ -89,11 +89,11 @@ def test_only_weights_configs_and_tokenizers_are_fetched(tmp_path, monkeypatch):
     repository = [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
         "tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja",
-        "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "onnx/config.json",
+        "qformer_tokenizer/tokenizer_config.json", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "onnx/config.json",
         "flax_model.msgpack", "modeling_custom.py", "README.md",
     ]  # fmt: skip
     patterns = {key: calls[key] for key in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(repository, **patterns)) == repository[:7]
+    assert list(filter_repo_objects(repository, **patterns)) == repository[:8]
     assert calls["name"] == "someone/tiny" and calls["revision"] == "v1.0"
 
 

@@ -1,4 +1,4 @@
-"""InstructBLIP against transformers: outputs, gradients, generation, and weights there and back."""
+"""InstructBLIP against transformers: outputs, gradients, and weights there and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from reference_weights import assert_exports, params_in, params_of
 from tiny_checkpoints import QFORMER, QUERIES, VISION, WORDS, config_of, same_bits, save, shapes_of
 from tiny_tasks import fast_jit
 
-from jaxblip.decoding import DecodingConfig, generate_text
 from jaxblip.errors import UserError
 from jaxblip.interop.families.instructblip import (
     hf_instructblip_config,
@@ -31,18 +30,17 @@ from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.models.attention import bidirectional_mask
 
 VOCAB, ROWS, PROMPT, TEXT, INSTRUCTION = 40, 20, 5, 6, 5
-IMAGE_TOKEN, BOS, PAD, NEW = VOCAB - 1, 2, 1, 8
-STOPS = {"Vicuna": 25, "FlanT5": 17}  # what the random models say early, late or never
+IMAGE_TOKEN, BOS, PAD = VOCAB - 1, 2, 1
 LANGUAGE_MODELS = {
     "Vicuna": dict(
         model_type="llama", vocab_size=VOCAB, hidden_size=16, intermediate_size=24,
         num_hidden_layers=2, num_attention_heads=2, bos_token_id=BOS,
-        eos_token_id=STOPS["Vicuna"], pad_token_id=PAD,
+        eos_token_id=25, pad_token_id=PAD,
     ),
     "FlanT5": dict(
         model_type="t5", vocab_size=VOCAB, d_model=16, d_kv=6, d_ff=24, num_layers=3,
         num_decoder_layers=2, num_heads=4, decoder_start_token_id=0,
-        eos_token_id=STOPS["FlanT5"], pad_token_id=0,
+        eos_token_id=17, pad_token_id=0,
     ) | VARIANTS["blip2"],
 }  # fmt: skip
 TRAINED = ("vision_norm", "qformer", "projection")
@@ -305,54 +303,3 @@ def test_full_size(text, trained, millions):
     assert sizes["vision"] == 985_894_528
     ours = sum(sizes[part] for part in TRAINED)
     assert ours == trained and round(ours / 1e6, 2) == millions
-
-
-# Generation
-
-compiled = fast_jit(generate_text, static_argnames=("model", "config", "penalize_prompt"))
-
-
-def left_padded(ids, valid):
-    """Rows that begin with BOS, which stands for their padding, too, and so is said in any case."""
-    moved = np.full((len(ids), PROMPT + 1), BOS)
-    for row, (tokens, counts) in enumerate(zip(ids, valid, strict=True)):
-        moved[row, PROMPT + 1 - counts.sum() :] = tokens[counts]
-    return moved, np.arange(PROMPT + 1) >= PROMPT - valid.sum(axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-@pytest.mark.parametrize("num_beams", [1, 5])
-def test_same_tokens_as_transformers(name, num_beams):
-    stop = STOPS[name]
-    reference, model, _, _, params = example(name)
-    prompt = PROMPT_IDS, PROMPT_VALID
-    if name == "Vicuna":
-        prompt = left_padded(*prompt)
-    search = DecodingConfig(
-        max_new_tokens=NEW, stop_token_id=stop, pad_token_id=0, num_beams=num_beams,
-        length_penalty=-1.0, repetition_penalty=1.5,
-    )  # fmt: skip
-    ids, valid = prompt
-    instruction = dict(instruction_ids=INSTRUCTION_IDS, instruction_valid=INSTRUCTION_VALID)
-    ours = np.asarray(
-        compiled(model, params, IMAGES, ids, search, prompt_valid=valid, **instruction)
-    )
-    expected = reference.generate(
-        **of_transformers(ids, valid),
-        max_new_tokens=NEW,
-        eos_token_id=stop,
-        pad_token_id=0,
-        num_beams=num_beams,
-        length_penalty=-1.0,
-        repetition_penalty=1.5,
-        early_stopping=False,
-        do_sample=False,
-    ).numpy()
-    # A decoder-only model repeats its input, and a decoder begins with its start token.
-    new = expected[:, QUERIES + ids.shape[1] if name == "Vicuna" else 1 :]
-    new = np.pad(new, ((0, 0), (0, NEW - new.shape[1])))
-    ends = [list(row).index(stop) if stop in row else NEW for row in ours]
-    after = np.arange(NEW) > np.array(ends)[:, None]
-    np.testing.assert_array_equal(ours, np.where(after, 0, new))
-    assert len(set(ends)) > 3 and NEW in ends and len({tuple(row) for row in ours}) > ROWS / 2
-    assert IMAGE_TOKEN not in ours

@@ -324,9 +324,11 @@ def test_logits_are_those_of_the_language_model_after_the_visual_tokens():
         own = params["language_model"]
         rows = []
         for row in range(2):
-            embedded, _ = model.apply(
-                {"params": params}, images[row : row + 1], text_ids[row], method="prefix"
+            visual = model.apply(
+                {"params": params}, images[row : row + 1], method="visual_tokens"
             )
+            words = own["token_embedding"]["embedding"][text_ids[row]]
+            embedded = jnp.concatenate([visual, words[None]], axis=1)
             hidden, _ = language_model.apply(
                 {"params": own},
                 embedded,

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny_tasks import (
     COMPILER_OPTIONS,
     DEC,
+    ENC,
     LANGUAGE_MODEL_MLP,
     QUERIES,
     ROWS,
@@ -30,17 +31,29 @@ from tiny_tasks import (
 )
 
 from jaxblip import sharding
+from jaxblip.errors import UserError
 from jaxblip.losses.matching import sample_hard_negatives
 from jaxblip.models.attention import (
     bidirectional_mask,
     multimodal_causal_mask,
     unimodal_mask,
 )
+from jaxblip.models.language_models import continued_hidden
 from jaxblip.models.t5 import T5LanguageModel
 from jaxblip.tasks import make_task
 
 FIELDS = {
+    "blip_caption": {"image", "text_ids", "text_mask", "prompt_length"},
+    "blip_retrieval": {"image", "text_ids", "text_mask", "image_id"},
+    "blip_vqa": {"image", "text_ids", "text_mask", "instruction_ids", "instruction_mask"},
     "clip": {"image", "text_ids", "text_mask", "image_id"},
+    "instruct": {
+        "image", "text_ids", "text_mask", "prompt_length", "instruction_ids", "instruction_mask",
+    },
+    "instruct_t5": {
+        "image", "text_ids", "text_mask", "input_ids", "input_mask", "instruction_ids",
+        "instruction_mask",
+    },
     "language_model": {"text_ids", "text_mask"},
     "language_model_t5": {"text_ids", "text_mask", "input_ids", "input_mask"},
     "stage1": {"image", "text_ids", "text_mask", "image_id"},
@@ -96,6 +109,63 @@ def plain_clip(task, params, batch):
     )
     scale = jnp.exp(params["logit_scale"])
     return contrast(image[:, None], text, scale, batch["image_id"], 0.0, lambda x: x)
+
+
+def plain_blip_retrieval(task, params, batch):
+    """One pass for the embeddings and three for matching."""
+    ids, valid = jnp.asarray(batch["text_ids"]), jnp.asarray(batch["text_mask"])
+    image_id = batch["image_id"]
+
+    def hidden(ids, valid, features=None):
+        def read(model):
+            source = None if features is None else model.text.read_source(features)
+            return model.text(ids, valid[:, None, None], source)[0][:, 0]
+
+        return task.model.apply({"params": params}, method=read)
+
+    features = task.model.apply({"params": params}, pixels(batch), method="image_features")
+    image = normalized(linear(params["image_projection"], features[:, 0]))
+    text = normalized(linear(params["text_projection"], hidden(ids, valid)))
+    scale = 1 / params["temperature"]
+    itc = contrast(image[:, None], text, scale, image_id, 0.0, jax.lax.stop_gradient)
+
+    image_key, text_key = jax.random.split(jax.random.key(0))
+    scores = image @ text.T * scale
+    texts, _ = sample_hard_negatives(text_key, scores, jnp.asarray(image_id))
+    images, _ = sample_hard_negatives(image_key, scores.T, jnp.asarray(image_id))
+    ids = ids.at[:, 0].set(ENC)
+    itm = 0.0
+    for pair in [
+        (features, ids, valid, 1),
+        (features[images], ids, valid, 0),
+        (features, ids[texts], valid[texts], 0),
+    ]:
+        features_of_pair, ids_of_pair, valid_of_pair, label = pair
+        logits = linear(params["itm_head"], hidden(ids_of_pair, valid_of_pair, features_of_pair))
+        itm -= jnp.sum(logits[:, label] - jax.nn.logsumexp(logits, axis=1)) / (3 * ROWS)
+    return task.config.loss.itc_weight * itc + task.config.loss.itm_weight * itm
+
+
+def next_word_loss(logits, batch, given):
+    """With label smoothing; the first `given` tokens of each row are no targets."""
+    counts = batch["text_mask"].copy()
+    for row, length in enumerate(given):
+        counts[row, : max(length, 1)] = False
+    targets = np.roll(batch["text_ids"], -1, axis=1)
+    return token_loss(logits, targets, np.roll(counts, -1, axis=1), SMOOTHING)
+
+
+def plain_blip_caption(task, params, batch):
+    texts = batch["text_ids"], batch["text_mask"]
+    logits = task.model.apply({"params": params}, pixels(batch), *texts)
+    return next_word_loss(logits, batch, batch["prompt_length"])
+
+
+def plain_blip_vqa(task, params, batch):
+    question = batch["instruction_ids"], batch["instruction_mask"]
+    texts = batch["text_ids"], batch["text_mask"]
+    logits = task.model.apply({"params": params}, pixels(batch), *question, *texts)
+    return next_word_loss(logits, batch, np.zeros(ROWS, int))
 
 
 def plain_language_model(task, params, batch):
@@ -197,8 +267,45 @@ def plain_stage2_t5(task, params, batch):
     return t5_loss(task.model.language_model_config, params, visual, batch)
 
 
+def asked_tokens(task, params, batch):
+    """The visual tokens of a Q-Former whose queries see the instruction, and it them."""
+    valid = jnp.asarray(batch["instruction_mask"])
+
+    def read(model):
+        image = model.qformer.read_image(model.vision_norm(model.vision(pixels(batch))))
+        mask = bidirectional_mask(QUERIES, valid)
+        hidden = model.qformer(image, batch["instruction_ids"], mask)
+        return linear(params["projection"], hidden[:, :QUERIES])
+
+    return task.model.apply({"params": params}, method=read)
+
+
+def plain_instruct(task, params, batch):
+    visual = asked_tokens(task, params, batch)
+    valid = np.concatenate([np.ones((ROWS, QUERIES), bool), batch["text_mask"]], axis=1)
+
+    def logits(model):
+        words = model.language_model.embed(batch["text_ids"])
+        read = jnp.concatenate([visual, words], axis=1)
+        return model.language_model.logits(continued_hidden(model.language_model, read, valid))
+
+    scores = task.model.apply({"params": params}, method=logits)[:, QUERIES - 1 : -1]
+    is_output = np.arange(TEXT) >= batch["prompt_length"][:, None]
+    return token_loss(scores, batch["text_ids"], batch["text_mask"] & is_output)
+
+
+def plain_instruct_t5(task, params, batch):
+    visual = asked_tokens(task, params, batch)
+    return t5_loss(task.model.language_model_config, params, visual, batch)
+
+
 PLAIN = {
+    "blip_caption": plain_blip_caption,
+    "blip_retrieval": plain_blip_retrieval,
+    "blip_vqa": plain_blip_vqa,
     "clip": plain_clip,
+    "instruct": plain_instruct,
+    "instruct_t5": plain_instruct_t5,
     "language_model": plain_language_model,
     "language_model_t5": plain_language_model_t5,
     "stage1": plain_stage1,
@@ -214,6 +321,8 @@ def made(name):
     config = tiny_config(name)
     if name == "stage1":
         config.loss.update(itc_weight=2.0, itm_weight=0.5, itg_weight=3.0)
+    if name == "blip_retrieval":
+        config.loss.update(itc_weight=2.0, itm_weight=0.5)
     task = make_task(config)
     return task, random_params(task), random_batch(task)
 
@@ -262,14 +371,17 @@ def test_stage1_reports_its_parts():
 def test_the_weight_is_what_the_loss_is_a_mean_over(name):
     _, params, batch = made(name)
     expected = ROWS
-    if name.startswith(("language_model", "stage2")):
+    if name.startswith(("instruct", "language_model", "stage2")):
         given = np.full(ROWS, name == "language_model")  # BOS
         given = batch.get("prompt_length", given)
+        expected = np.maximum(batch["text_mask"].sum(axis=1) - given, 0).sum()
+    if name in ("blip_caption", "blip_vqa"):
+        given = np.maximum(batch.get("prompt_length", 0), 1)  # [DEC]
         expected = np.maximum(batch["text_mask"].sum(axis=1) - given, 0).sum()
     assert float(jitted_loss(name)(params, batch, None).weight) == expected
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage2_llama"])
+@pytest.mark.parametrize("name", ["instruct", "stage2", "stage2_llama"])
 @pytest.mark.parametrize("prompt", [0, 2, TEXT])
 def test_prompt_tokens_carry_no_loss_in_stage2(name, prompt):
     _, params, batch = made(name)
@@ -332,6 +444,14 @@ def test_the_logit_scale_of_clip_is_clamped(log_scale, expected):
     assert task.constrain(frozen_scale) == frozen_scale
 
 
+@pytest.mark.parametrize("temperature, expected", [(1e3, 0.5), (0.0, 0.001), (0.1, 0.1)])
+def test_the_temperature_of_blip_is_clamped(temperature, expected):
+    task, _, _ = made("blip_retrieval")
+    constrained = task.constrain({"temperature": jnp.float32(temperature), "text": {}})
+    assert float(constrained.pop("temperature")) == pytest.approx(expected)
+    assert constrained == {"text": {}} == task.constrain({"text": {}})
+
+
 def test_the_temperature_of_stage1_is_not_clamped():
     task, _, _ = made("stage1")
     assert task.constrain({"temperature": 1e3}) == {"temperature": 1e3}
@@ -364,8 +484,12 @@ def loss_without_key(name, metric):
         ("stage1", "itg", {"qformer": {"hidden_dropout": 0.3}}),
         ("stage1", "itc", {"qformer": {"attention_dropout": 0.3}}),
         ("stage2", "lm", {"qformer": {"hidden_dropout": 0.3}}),
+        ("instruct", "lm", {"qformer": {"attention_dropout": 0.3}}),
         ("language_model", "lm", {"language_model": {"dropout": 0.3}}),
         ("language_model_t5", "lm", {"language_model": {"dropout": 0.3}}),
+        ("blip_caption", "lm", {"text": {"hidden_dropout": 0.3}}),
+        ("blip_retrieval", "itc", {"text": {"attention_dropout": 0.3}}),
+        ("blip_vqa", "lm", {"text": {"attention_dropout": 0.3}}),
     ],
 )
 def test_a_key_switches_dropout_on(name, metric, dropout):
@@ -428,14 +552,29 @@ def trained_kernels(name, frozen):
         ("stage2", ("language_model",)),
         ("stage2_llama", ("vision", "language_model")),
         ("stage2_t5", ("vision", "language_model")),
+        ("instruct", ("vision", "language_model")),
     ],
 )
 def test_no_gradient_of_a_frozen_part_is_computed(name, frozen):
-    parts = {"vision", "language_model"} if name.startswith("stage2") else {"vision"}
+    has_language_model = name.startswith(("instruct", "stage2"))
+    parts = {"vision", "language_model"} if has_language_model else {"vision"}
     if name == "clip":
         parts.add("language_model")  # the text tower, which is as wide
     assert trained_kernels(name, frozen) == parts - set(frozen)
     assert trained_kernels(name, ()) == parts
+
+
+def test_the_instruction_must_leave_room_for_an_output():
+    config = tiny_config("instruct")
+    config.data.max_instruction_tokens = TEXT
+    with pytest.raises(UserError, match=f"max_instruction_tokens={TEXT} leaves no room.*={TEXT}"):
+        make_task(config)
+    config = tiny_config("instruct_t5")
+    config.data.max_instruction_tokens = 16  # the Q-Former's positions
+    make_task(config)
+    config.data.max_instruction_tokens = 17
+    with pytest.raises(UserError, match="max_instruction_tokens=17 is more.*qformer.*=16"):
+        make_task(config)
 
 
 def bits(tree):

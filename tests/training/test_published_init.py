@@ -8,7 +8,18 @@ import jax
 import numpy as np
 import pytest
 import torch
-from published_folders import BERT, MEAN, STD, pixels, publish, random_model
+from published_folders import (
+    BERT,
+    INSTRUCTBLIP,
+    MEAN,
+    STD,
+    pixels,
+    publish,
+    random_model,
+    tokenizer_of,
+)
+from reference_blip import ANSWERING, CAPTIONING, DEC, RETRIEVAL, random_texts
+from reference_blip import VOCAB as BLIP_VOCAB
 from tiny_checkpoints import QUERIES, VOCAB, WORDS
 from tiny_tasks import fast_jit
 
@@ -26,6 +37,7 @@ from jaxblip.training.loop import train
 from jaxblip.training.restore import load_run
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+ENC = BLIP_VOCAB - 1
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +52,11 @@ def make_config(task="stage2", overrides=(), **init):
     config.optimizer.warmup_steps = 1
     config.data.train = "shapes:train"
     config.data.num_workers, config.data.image_size_px, config.data.max_text_tokens = 0, 24, 6
-    if task in ("stage1", "stage2"):
+    if "max_instruction_tokens" in config.data:
+        config.data.max_instruction_tokens = 4
+    if task == "instruct":
+        config.data.prompt = "what"
+    if "qformer" in config.model:
         config.model.qformer.update(
             num_query_tokens=4, width=16, num_layers=2, num_heads=2, mlp_width=24,
             cross_attention_frequency=1,
@@ -54,8 +70,13 @@ def make_config(task="stage2", overrides=(), **init):
 def params_of(config):
     """All parameters of a run before its first step."""
     adopted = adopt_sources(config)
-    tokenizer = inputs.run_tokenizer(adopted.config, "nowhere", None, adopted.tokenizer)
-    task = make_task(inputs.with_vocabulary(adopted.config, tokenizer))
+    tokenizers = (
+        inputs.run_tokenizer(adopted.config, "nowhere", None, adopted.tokenizer),
+        inputs.run_qformer_tokenizer(
+            adopted.config, "nowhere", None, adopted.qformer_tokenizer
+        ),
+    )
+    task = make_task(inputs.with_vocabulary(adopted.config, *tokenizers))
     mesh = sharding.make_mesh({"data": 8})
     params = initialize.initial_trainable(task, mesh)
     frozen, references = initialize.frozen_params(task, mesh)
@@ -131,6 +152,140 @@ def test_an_image_encoder_at_another_image_size(name, tmp_path):
             pixels(IMAGES), interpolate_pos_encoding=True, output_hidden_states=True
         ).hidden_states
     np.testing.assert_allclose(features, states[2].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_instructblip_starts_from_instructblip(tmp_path, capfd):
+    """Published, or as `convert` wrote it: all parts, both tokenizers, and pixels."""
+    reference = publish(tmp_path / "hf", INSTRUCTBLIP, "llama")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    state = reference.state_dict()
+    for source in ("hf", "run"):
+        task, params, references = params_of(make_config("instruct", all=tmp_path / source))
+        model = task.config.model
+        assert (model.qformer.vocab_size, model.language_model.vocab_size) == (WORDS, VOCAB)
+        assert model.language_model.architecture == "llama"
+        assert task.config.data.pixel_mean == MEAN
+        assert {references[part]["source"] for part in ("vision", "language_model")} == {
+            str(tmp_path / source)
+        }
+        for path, name in {
+            "qformer/text_embeddings/token_embedding/embedding": "qformer.embeddings."
+            "word_embeddings.weight",
+            "projection/bias": "language_projection.bias",
+        }.items():
+            leaf = params
+            for part in path.split("/"):
+                leaf = leaf[part]
+            np.testing.assert_array_equal(leaf, state[name].numpy())
+    assert "random" not in capfd.readouterr().out
+
+
+def test_instructblip_starts_from_a_blip2_of_stage2(tmp_path, capfd):
+    """But for the text side of the Q-Former, which a run of stage 1 has, or BERT."""
+    publish(tmp_path / "hf", "Blip2ForConditionalGeneration", "t5")
+    publish(tmp_path / "stage1", "Blip2ForImageTextRetrieval", seed=1)
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    tokenizer_of("bert").save_pretrained(tmp_path / "bert")
+    made = {}
+    for source in ("hf", "run"):
+        config = make_config("instruct", all=tmp_path / source)
+        with config.unlocked():
+            config.data.qformer_tokenizer = str(tmp_path / "bert")
+        task, params, _ = params_of(config)
+        assert task.config.model.qformer.vocab_size == WORDS  # with [DEC]
+        assert task.config.data.max_input_tokens == 128 and "prefix_lm" not in task.config.loss
+        printed = capfd.readouterr().out
+        assert "text_embeddings" in printed and "start at random" in printed
+        assert "projection" not in printed and "query" not in printed
+        made[source] = params
+    jax.tree.map(np.testing.assert_array_equal, made["hf"], made["run"])
+    config = make_config("instruct", all=tmp_path / "hf", qformer=tmp_path / "stage1")
+    task, params, _ = params_of(config)
+    assert "random" not in capfd.readouterr().out
+    for part in ("projection", "language_model"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], made["hf"][part])
+    assert not np.array_equal(
+        params["qformer"]["query_tokens"], made["hf"]["qformer"]["query_tokens"]
+    )
+
+
+def test_blip_starts_from_blip(tmp_path, capfd):
+    """All of it, at another image size; texts are read with [ENC], unlike in transformers."""
+    reference = publish(tmp_path / "hf", RETRIEVAL)
+    adopted = adopt_sources(make_config("blip_retrieval", all=tmp_path / "hf"))
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    for source in ("hf", "run"):
+        task, params, _ = params_of(make_config("blip_retrieval", all=tmp_path / source))
+        model = task.config.model
+        assert (model.text.vocab_size, model.text.width, model.embed_dim) == (BLIP_VOCAB, 16, 8)
+        assert model.enc_token_id == ENC
+        assert task.config.data.pixel_mean == MEAN
+    assert "has no temperature: these parameters start at random" in capfd.readouterr().out
+    assert len(adopted.tokenizer()) == BLIP_VOCAB - 2  # to which the run adds [DEC] and [ENC]
+
+    ids, valid = random_texts((5, 3))
+    images = task.normalize_images(IMAGES)
+    *_, image, text = fast_jit(task.apply)(params, images, ids, valid)
+    with torch.no_grad():
+        expected = reference(
+            torch.tensor(ids), pixels(IMAGES), use_itm_head=False, interpolate_pos_encoding=True,
+            attention_mask=torch.tensor(valid).long(),
+        ).itm_score  # fmt: skip
+    np.testing.assert_allclose(image @ text.T, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("task", "own"), [("blip_caption", "decoder"), ("blip_retrieval", "text")])
+def test_blip_tasks_give_each_other_what_they_share(task, own, tmp_path):
+    publish(tmp_path / "hf", ANSWERING)
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    source = load_run(str(tmp_path / "run"), ["config.mesh.data=8"]).params
+    for folder in ("hf", "run"):
+        made, params, _ = params_of(make_config(task, all=tmp_path / folder))
+        config = made.config.model
+        assert (config.text.width, config.text.vocab_size) == (16, BLIP_VOCAB)
+        assert config.get("dec_token_id", DEC) == DEC and config.get("enc_token_id", ENC) == ENC
+        for part in ("vision_norm", own):
+            jax.tree.map(np.testing.assert_array_equal, params[part], source[part])
+        # The positions are those of another image size.
+        ours, theirs = (tree["vision"]["layers"] for tree in (params, source))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_other_tasks_take_the_image_encoder_of_blip(tmp_path):
+    publish(tmp_path / "hf", CAPTIONING)
+    for field in ("vision", "all"):
+        config = make_config("stage1", **{field: tmp_path / "hf"})
+        with config.unlocked():
+            config.frozen_dtype, config.model.qformer.vocab_size = "float32", WORDS
+        adopted = adopt_sources(config)
+        assert adopted.tokenizer is None and adopted.config.data.pixel_std == STD
+        vision = adopted.config.model.vision
+        assert (vision.width, vision.num_layers) == (20, 2)
+        frozen, _ = initialize.frozen_params(
+            make_task(adopted.config), sharding.make_mesh({"data": 8})
+        )
+        up = frozen["vision"]["layers"]["mlp"]["up"]["kernel"][1]
+        expected = random_model(CAPTIONING).vision_model.encoder.layers[1].mlp.fc1.weight
+        np.testing.assert_array_equal(up, expected.detach().numpy().T)
+
+
+@pytest.mark.parametrize("source", ["hf", "run"])
+def test_blip_takes_of_clip_the_image_encoder_alone(source, tmp_path):
+    """Not its texts, nor its heads, although both have parts of these names."""
+    publish(tmp_path / "hf", "CLIPModel")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    config = make_config("blip_retrieval", all=tmp_path / source)
+    with config.unlocked():
+        config.model.text.update(vocab_size=9, width=16, num_layers=1, num_heads=2, mlp_width=24)
+    adopted = adopt_sources(config)
+    model = adopted.config.model
+    assert adopted.tokenizer is None and (model.vision.width, model.text.width) == (20, 16)
+    task = make_task(adopted.config)
+    params = initialize.initial_trainable(task, sharding.make_mesh({"data": 8}))
+    random = fast_jit(task.init)(jax.random.key(adopted.config.seed))
+    for part, tree in params.items():
+        same = jax.tree.map(np.array_equal, tree, random[part])
+        assert all(jax.tree.leaves(same)) == (part != "vision"), part
 
 
 def test_stage1_from_stage1(tmp_path, capfd):

@@ -252,6 +252,19 @@ def hf_blip_question_answering_config(model: BlipQuestionAnswering, **text: Any)
     )
 
 
+def export_notes(model: BlipRetrieval | BlipCaptioner | BlipQuestionAnswering) -> tuple[str, ...]:
+    """What transformers' classes compute otherwise than `model`, one sentence each."""
+    enc_token_id = getattr(model, "enc_token_id", None)
+    if enc_token_id is None:
+        return ()
+    note = (
+        f"A text that is read with its image begins here with the token {enc_token_id} "
+        "(model.enc_token_id), but in transformers with what input_ids begins with: there, put "
+        "that token first."
+    )
+    return (note,)
+
+
 def _hf_config(
     model: BlipRetrieval | BlipCaptioner | BlipQuestionAnswering,
     architecture: str,
