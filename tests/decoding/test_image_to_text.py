@@ -91,7 +91,7 @@ def test_same_words_as_transformers(name, language_model, search):
     lengths = dict(max_new_tokens=NEW, min_new_tokens=0)
     ours = model.caption(images, prompts, **lengths, **search)
     assert ours == expected
-    assert len(set(ours)) > 6 and len({len(text.split()) for text in ours}) > 2
+    assert len(set(ours)) > 4 and len({len(text.split()) for text in ours}) > 2
     if search["num_beams"] == 1:
         stream = model.stream(IMAGES[1], PROMPTS[2], **lengths, **search)
         assert "".join(stream) == ours[len(PROMPTS) + 2]
