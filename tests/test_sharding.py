@@ -166,7 +166,7 @@ def test_process_shards_of_meshes_over_several_processes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation_steps", "fits"),
-    [(8, 1, True), (16, 2, True), (4, 1, True), (6, 1, False), (8, 4, False), (0, 1, False)],
+    [(8, 1, True), (16, 2, True), (4, 1, True), (6, 1, False), (8, 4, False)],
 )
 def test_batch_sizes_that_a_mesh_divides(batch_size, accumulation_steps, fits):
     mesh = mesh_of(2, 2, 2)  # four parts
@@ -176,6 +176,11 @@ def test_batch_sizes_that_a_mesh_divides(batch_size, accumulation_steps, fits):
     multiple = 4 * accumulation_steps
     with pytest.raises(UserError, match=rf"batch_size={batch_size} .*multiple of {multiple}"):
         sharding.check_batch_size(batch_size, mesh, accumulation_steps)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
+        sharding.check_batch_size(0, mesh_of(2))
 
 
 def test_accumulation_steps_below_one_are_refused():
