@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/jaxblip demo --out=runs/demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

@@ -28,7 +28,7 @@ from jaxblip.data.user_images import ImageLike, list_images, read_image
 from jaxblip.decoding.image_to_text import batch_bucket
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.decoding.search import DecodingConfig
-from jaxblip.errors import UserError
+from jaxblip.errors import UnreadableImages, UserError
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.training.restore import Run, load_run
 from jaxblip.training.state import Params, merge_params
@@ -219,8 +219,8 @@ class Model:
           One caption an image; for num_captions above 1 a list of them for each image.
 
         Raises:
-          UserError: the run is not of stage 2, an image cannot be read, or settings exclude each
-            other.
+          UserError: the run is not of stage 2, images cannot be read (`errors.UnreadableImages`
+            says which), or settings exclude each other.
         """
         self._check_ability("caption")
         decoding = Decoding(
@@ -355,12 +355,17 @@ class Model:
         self._check_ability("stream")
         decoding = Decoding(**decoding)
         decoding.check_stream()
-        pixels, _, prompts = self._rows(image, self._own_prompt(prompt))
-        if len(prompts) > 1:
-            raise UserError(f"{len(prompts)} images cannot be streamed: give one at a time.")
+        if (count := len(list_images(image))) > 1:
+            raise UserError(f"{count} images cannot be streamed: give one at a time.")
         config = self._text.decoding_config(**(decoding.changes() | {"num_beams": 1}))
-        prompt = self._text.prompt(prompts[0])
-        return self._text.stream(self._params, pixels, prompt, config, decoding.seed)
+
+        def pieces() -> Iterator[str]:
+            pixels, _, (words,) = self._rows(image, self._own_prompt(prompt))
+            yield from self._text.stream(
+                self._params, pixels, self._text.prompt(words), config, decoding.seed
+            )
+
+        return pieces()
 
     # Stage 1 and CLIP: embeddings and matches.
 
@@ -457,8 +462,16 @@ class Model:
         images = list_images(images)
         if not images:
             raise UserError("The list of images is empty: give one at least.")
-        read = (read_image(image, data.max_image_pixels) for image in images)
-        return np.stack([resize_square(image, data.image_size_px) for image in read])
+        how = data.image_size_px, data.resize, data.interpolation
+        squares, reasons = [], {}
+        for place, image in enumerate(images):
+            try:
+                squares.append(resize_square(read_image(image, data.max_image_pixels), *how))
+            except UserError as error:
+                reasons[place] = str(error)
+        if reasons:
+            raise UnreadableImages(reasons)
+        return np.stack(squares)
 
 
 def _matched(**lists: Any) -> list[list[Any]]:

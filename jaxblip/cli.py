@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import difflib
 import sys
 from collections.abc import Sequence
 
-from jaxblip.errors import RunStopped, UserError
+from jaxblip import __version__
+from jaxblip.errors import RunStopped, UnreadableImages, UserError
 
 OVERRIDES = """\
 Every field of the config can be set on the command line:
@@ -100,17 +101,19 @@ and writes report.json and report.html. Run it in the root of the repository.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
+    parser, verbs = _parser()
+    for name, verb in verbs.items():
+        if arguments[: len(name)] == [*name]:
+            _check_options(verb, arguments[len(name) :])
     options, rest = parser.parse_known_args(arguments)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}; `jaxblip {options.verb} --help` lists them")
-    # transformers is here for its tokenizers; that no torch is installed is no news.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         options.run(options, [override.removeprefix("--") for override in overrides])
     except UserError as error:
-        print(f"jaxblip: error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"jaxblip: error: {line}", file=sys.stderr)
         return 1 if isinstance(error, RunStopped) else 2
     except KeyboardInterrupt:
         print("jaxblip: interrupted", file=sys.stderr)
@@ -118,10 +121,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check_options(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Ends with a hint at what is meant, where argparse would miss something else."""
+    known = verb._option_string_actions
+    takes_fields = verb.get_default("run") in (_train, _evaluate, _generate)
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        name, equals, _ = argument.partition("=")
+        has_value = bool(equals) or not following.startswith("--")
+        if not name.startswith("--"):
+            continue
+        if name.startswith("--config."):
+            if not takes_fields:
+                verb.error(f"{name} is a field of a config, and this verb takes none: leave it out")
+            if not equals:
+                value = following if has_value else "VALUE"
+                verb.error(f"{name} needs its value in the same word: write {name}={value}")
+        elif name not in known:
+            option, dot, field = name.partition(".")
+            names = [*known, "--config"] if takes_fields and dot else known
+            near = difflib.get_close_matches(option, names, n=1)
+            hint = f"did you mean {near[0]}{dot}{field}?" if near else f"see `{verb.prog} --help`"
+            verb.error(f"there is no option {name}: {hint}")
+        elif known[name].nargs != 0 and not has_value:
+            value = known[name].metavar or "|".join(known[name].choices or "N")
+            verb.error(f"{name} has no value: write {name}={value}")
+
+
+def _parser() -> tuple[
+    argparse.ArgumentParser, dict[tuple[str, ...], argparse.ArgumentParser]
+]:
+    """The parser, and that of each verb by the words that call it."""
     parser = argparse.ArgumentParser(
         prog="jaxblip", description="Training of BLIP-2-style vision-language models in JAX."
     )
+    by_words = {}
+    parser.add_argument("--version", action="version", version=f"jaxblip {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(name, run, help, description, to=verbs):
@@ -133,14 +167,16 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         verb.set_defaults(run=run)
+        if run is not None:
+            by_words[tuple(verb.prog.split()[1:])] = verb
         return verb
 
     verb = add("train", _train, "train what a config describes", TRAIN)
-    verb.add_argument("--config", required=True, metavar="FILE", help="a config, FILE.py or FILE.py:ARG")
+    verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
     verb.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
 
     verb = add("evaluate", _evaluate, "evaluate a checkpoint", EVALUATE)
-    verb.add_argument("--workdir", required=True, metavar="DIR", help="work directory of a training")
+    verb.add_argument("--workdir", required=True, metavar="DIR", help="that of a training")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
 
     verb = add("generate", _generate, "write captions of images, or answers", GENERATE)
@@ -169,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("demo", _demo, "train a small BLIP-2 from nothing", DEMO)
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     verb.add_argument("--quick", action="store_true", help="a few steps of each run: does it work?")
-    return parser
+    return parser, by_words
 
 
 def _add_generation(verb: argparse.ArgumentParser) -> None:
@@ -227,32 +263,49 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.evaluation.verbs import evaluate
+    from jaxblip.training.restore import check_overrides
 
+    check_overrides(options.workdir, overrides, options.step, by="evaluation")
     evaluate(options.workdir, overrides, options.step)
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.evaluation.verbs import generate, stream
+    from jaxblip.training.restore import check_overrides
 
+    check_overrides(options.checkpoint, overrides, options.step, by="generation")
     other = ("verb", "run", "checkpoint", "image", "step", "stream")
     settings = {name: value for name, value in vars(options).items() if name not in other}
-    run = (options.checkpoint, options.image, overrides, options.step)
-    if not options.stream:
-        for image, text in generate(*run, **settings):
+    settings |= {"overrides": overrides, "step": options.step}
+    unreadable = []  # what is said of them when all others have their texts
+    if options.stream:
+        for image, pieces in stream(options.checkpoint, options.image, **settings):
+            try:
+                first = next(pieces, "")
+            except UnreadableImages as error:
+                unreadable.append(str(error))
+                continue
+            print(f"{image}: {first}", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+    else:
+        images, lines = options.image, []
+        try:
+            lines = generate(options.checkpoint, images, **settings)
+        except UnreadableImages as error:
+            unreadable.append(str(error))
+            images = [image for place, image in enumerate(images) if place not in error.places]
+            lines = generate(options.checkpoint, images, **settings) if images else []
+        for image, text in lines:
             print(f"{image}: {text}")
-        return
-    for image, pieces in stream(*run, **settings):
-        print(f"{image}: ", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    if unreadable:
+        raise UserError("\n".join(unreadable))
 
 
 def _convert(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.interop.convert import convert
 
-    if overrides:
-        raise UserError(f"--{overrides[0]} is a field of runs, and `convert` makes no choices.")
     for line in convert(
         options.source,
         options.target,
@@ -266,7 +319,7 @@ def _convert(options: argparse.Namespace, overrides: list[str]) -> None:
 def _openmoji(options: argparse.Namespace, overrides: list[str]) -> None:
     from rich.progress import Progress
 
-    from jaxblip.data.openmoji import build_openmoji
+    from jaxblip.data.openmoji import build_openmoji, describe_openmoji
 
     with Progress() as bar:
         task = bar.add_task("drawing", total=None)
@@ -275,8 +328,7 @@ def _openmoji(options: argparse.Namespace, overrides: list[str]) -> None:
             image_size_px=options.size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    for name, value in summary.items():
-        print(f"{name}: {value}")
+    print(describe_openmoji(summary, options.out))
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:

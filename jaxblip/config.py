@@ -68,8 +68,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     config.init = _init(task)
 
     config.optimizer = optimizer = ConfigDict()
-    # "adamw", as in all papers of the family, or "muon": orthogonalised momentum for the matrices of
-    # linear maps, AdamW for the rest; it takes the same learning rates and more
+    # "adamw", as in all papers of the family, or "muon": orthogonalised momentum for the matrices
+    # of linear maps, AdamW for the rest; it takes the same learning rates and more
     optimizer.name = "adamw"
     optimizer.peak_lr = 1e-4  # learning rate after the warm-up
     optimizer.min_lr = 1e-5  # learning rate at the last step
@@ -119,6 +119,10 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     # 2 its tokens carry no loss. An encoder reads it, and the Q-Former of InstructBLIP
     data.prompt = ""
     data.image_size_px = 224  # side of the square images, pixels
+    # How an image without augmentation becomes a square: "squash" stretches it, "shortest_edge"
+    # resizes its shorter side and takes the centre, as CLIP does
+    data.resize = "shortest_edge" if task == "clip" else "squash"
+    data.interpolation = "bicubic"  # filter of resizing: bicubic, bilinear or lanczos
     data.pixel_mean = PIXEL_MEAN  # of red, green, blue between 0 and 1; SigLIP: 0.5,0.5,0.5
     data.pixel_std = PIXEL_STD  # what they are divided by, less the mean; SigLIP: 0.5,0.5,0.5
     data.crop_scale = (0.5, 1.0)  # share of the image's area that a random crop keeps

@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxblip.config import load_config
 from jaxblip.errors import UserError
 from jaxblip.evaluation.evaluate import Evaluation
+from jaxblip.evaluation.labels import TASK_TITLES
 from jaxblip.evaluation.report import write_report
 from jaxblip.training.checkpoints import saved_steps
 from jaxblip.training.environment import describe_environment
@@ -17,12 +18,17 @@ from jaxblip.training.metrics import METRICS_FILE
 from jaxblip.training.restore import load_run
 
 CONFIGS = Path("configs/demo")
-# Each run starts from parts of the runs before it.
+# What each run takes from the runs before it, config field to folder: parts, and one tokenizer for
+# all, which each would else train for itself.
 PHASES = {
-    "vision": (),
-    "language_model": (),
-    "stage1": ("vision",),
-    "stage2": ("vision", "language_model", "qformer"),
+    "vision": {},
+    "language_model": {"data.tokenizer": "vision/tokenizer"},
+    "stage1": {"data.tokenizer": "vision/tokenizer", "init.vision": "vision"},
+    "stage2": {
+        "init.vision": "vision",
+        "init.language_model": "language_model",
+        "init.qformer": "stage1",
+    },
 }
 SECONDS_FILE = "seconds.json"
 QUICK = ("config.steps=20", "config.optimizer.warmup_steps=5", "config.eval.max_images=40")
@@ -41,14 +47,15 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
     if not CONFIGS.is_dir():
         raise UserError(f"There is no {CONFIGS} here: run the demo in the root of the repository.")
     folder = Path(out)
-    metrics = {}
-    for phase, parts in PHASES.items():
+    metrics, titles = {}, {}
+    for phase, sources in PHASES.items():
         overrides = list(QUICK) if quick else []
-        overrides += [f"config.init.{part}={_source(folder, part)}" for part in parts]
+        overrides += [f"config.{field}={folder / source}" for field, source in sources.items()]
         config, workdir = f"{CONFIGS}/{phase}.py", str(folder / phase)
         shown = "".join(f" \\\n    --{override}" for override in overrides)
         print(f"\n$ jaxblip train --config={config} --workdir={workdir}{shown}", flush=True)
         settings = load_config(config, overrides)
+        titles[phase] = TASK_TITLES[settings.task]
         begin, steps = time.perf_counter(), saved_steps(workdir)
         metrics[phase] = train(settings, workdir)
         if saved_steps(workdir) != steps:
@@ -71,21 +78,10 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
         "seconds": seconds,
         "versions": environment["versions"],
         "device": environment["devices"],
+        "cpu_count": environment["cpu_count"],
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_report(
-        folder / "report.html",
-        title="A BLIP-2 from nothing",
-        phases=[
-            {"name": phase, "metrics_jsonl": folder / phase / METRICS_FILE} for phase in PHASES
-        ],
-        results=report,
-        gallery=gallery,
-        notes=[
-            "Images of two coloured shapes with captions. The pairs of objects (size, colour, "
-            "shape) below never occurred in training."
-        ],
-    )
+    _write_page(folder, report, titles, gallery)
     print(
         f"\nRecall@1 on {len(gallery)} held-out images, re-ranked: image to text "
         f"{report['i2t_r1']:.3f}, text to image {report['t2i_r1']:.3f}; captions that are exactly "
@@ -95,9 +91,28 @@ def run_demo(out: str, quick: bool = False) -> dict[str, object]:
     return report
 
 
-def _source(folder: Path, part: str) -> Path:
-    """The run that trains a part; the Q-Former comes from stage 1."""
-    return folder / ("stage1" if part == "qformer" else part)
+def _write_page(
+    folder: Path,
+    report: dict[str, object],
+    titles: dict[str, str],
+    gallery: list[dict[str, object]],
+) -> None:
+    """`report.html`, in which the phases have the titles of their tasks."""
+    seconds = {titles.get(name, name): value for name, value in report["seconds"].items()}
+    write_report(
+        folder / "report.html",
+        title="A BLIP-2 from nothing",
+        phases=[
+            {"name": title, "metrics_jsonl": folder / phase / METRICS_FILE}
+            for phase, title in titles.items()
+        ],
+        results={**report, "seconds": seconds},
+        gallery=gallery,
+        notes=[
+            "Images of two coloured shapes with captions. The pairs of objects (size, colour, "
+            "shape) below never occurred in training."
+        ],
+    )
 
 
 def _seconds(folder: Path) -> dict[str, float]:

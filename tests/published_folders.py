@@ -28,6 +28,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from jaxblip.interop.processors import ImageProcessing
+from jaxblip.tasks.base import normalize_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 LLAMA = dict(
@@ -175,5 +176,5 @@ def publish(folder: Path, name: str, language_model: str = "opt", **fields):
 
 def pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 images `[batch, height, width, 3]` as the processor of `publish` has them."""
-    normal = ImageProcessing(images.shape[1], mean=MEAN, std=STD).normalize(images)
+    normal = np.asarray(normalize_images(images, MEAN, STD))
     return torch.tensor(normal.transpose(0, 3, 1, 2).copy())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import transformers
 from reference import randomized
 from reference_weights import params_of
+from tiny_checkpoints import shapes_of
 from transformers import PreTrainedModel
 
 from jaxblip.interop.families.llama import llama_config, llama_layout
@@ -62,8 +61,7 @@ def llama_shapes(config: LlamaConfig) -> dict:
         hidden, _ = model(model.embed(ids), token_positions(valid), causal_mask(valid))
         return model.logits(hidden)
 
-    init = nn.init(everything, LlamaLanguageModel(config))
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+    return shapes_of(LlamaLanguageModel(config), jnp.zeros((1, 2), int), method=everything)
 
 
 def llama_params(model: PreTrainedModel) -> dict:

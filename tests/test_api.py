@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import transformers
+from ml_collections import ConfigDict
 from PIL import Image
 
 import jaxblip
 from jaxblip.api import Decoding, Model
-from jaxblip.config import default_config
+from jaxblip.cli import main
+from jaxblip.config import default_config, field_names
 from jaxblip.data import inputs
 from jaxblip.data.user_images import read_image
 from jaxblip.errors import UserError
 from jaxblip.sharding import make_mesh
 from jaxblip.tasks import make_task
 from jaxblip.training.loop import train
-from jaxblip.training.restore import Run
+from jaxblip.training.restore import READ_AGAIN, Run
 from jaxblip.training.state import merge_params
 from tiny_tasks import fast_jit, random_params
 
 SIZE, NEW = 24, 6
+# What transformers logs when it is imported without PyTorch, as most users have it.
+ADVICE = "PyTorch was not found. Models won't be available"
 BLOCKS = dict(width=16, num_layers=1, num_heads=2, mlp_width=24)
 
 
@@ -151,6 +158,21 @@ def padded(rows):
 def test_import_is_light():
     code = "import jaxblip, sys; assert not {'jax', 'numpy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_that_there_is_no_pytorch_is_no_news(caplog):
+    with open(transformers.__file__, encoding="utf-8") as file:
+        assert ADVICE in file.read()
+    logger = logging.getLogger("transformers")
+    with caplog.at_level(logging.WARNING, "transformers"):
+        caplog.handler.setLevel(logging.WARNING)
+        logger.addHandler(caplog.handler)
+        try:
+            logger.warning(f"{ADVICE} and only tokenizers can be used.")
+            logger.warning("Something else.")
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert "PyTorch" not in caplog.text and "Something else." in caplog.text
 
 
 def test_the_same_words_as_later(model, compilations):
@@ -328,7 +350,9 @@ BAD_CALLS = {
     "other numbers": (lambda m: m.caption(pictures(2), ["a"] * 3), "2 images and 3 texts"),
     "no candidate": (lambda m: m.rank(pictures(1), []), "must be a list"),
     "an empty candidate": (lambda m: m.rank(pictures(1), ["a", " "]), "number 1 of 2 is empty"),
-    "no embeddings": (lambda m: m.embed_images(pictures(1)), "run of stage1 or blip_retrieval or clip"),
+    "no embeddings": (
+        lambda m: m.embed_images(pictures(1)), "run of stage1 or blip_retrieval or clip"
+    ),  # fmt: skip
 }  # fmt: skip
 
 
@@ -339,6 +363,80 @@ def test_one_sentence_and_nothing_compiled(models, case, compilations):
         call(models["opt"])
     assert expected in str(error.value)
     assert not compilations
+
+
+def test_an_image_that_cannot_be_read_costs_no_other_its_caption(models, tmp_path, capfd):
+    model, files = models["opt"], [str(tmp_path / f"{name}.png") for name in "abcd"]
+    for place in (0, 2):
+        Image.fromarray(pictures(1, seed=place)[0]).save(files[place])
+    Path(files[1]).write_bytes(b"no picture")
+    settings = ["--min-new-tokens=2", "--max-new-tokens=2", "--config.mesh.data=8"]
+    verb = ["generate", f"--checkpoint={model.workdir}", "--image", *files, *settings]
+    captions = model.caption([files[0], files[2]], min_new_tokens=2, max_new_tokens=2)
+    lines = [f"{file}: {caption}" for file, caption in zip(files[::2], captions, strict=True)]
+    for form in ([], ["--stream", "--num-beams=1"]):
+        capfd.readouterr()
+        assert main([*verb, *form]) == 2
+        printed = capfd.readouterr()
+        assert printed.out.splitlines() == lines
+        corrupt, missing = printed.err.splitlines()
+        assert corrupt.startswith(f"jaxblip: error: The image '{files[1]}' cannot be used: corrupt")
+        assert missing == (
+            f"jaxblip: error: The image '{files[3]}' cannot be read: No such file or directory."
+        )
+    assert main([*verb[:2], "--image", files[3]]) == 2
+    assert capfd.readouterr() == ("", missing + "\n")
+    with pytest.raises(UserError, match="corrupt(.|\n)*No such file"):  # in Python no caption
+        model.caption(files)
+    with pytest.raises(UserError, match="No such file"):
+        next(model.stream(files[3]))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_fields_without_an_effect_are_refused(models, verb, capfd):
+    model = models["opt"]
+    where = "workdir" if verb == "evaluate" else "checkpoint"
+    arguments = [verb, f"--{where}={model.workdir}"]
+    arguments += ["--image=a.png"] if verb == "generate" else []
+    fields = ["steps=3", "data.train=x.jsonl", "data.image_size_px=48", "eval.every_steps=2"]
+    fields += ["model.qformer.width=8", "optimizer.peak_lr=1.0", "data.tokenizer=x"]
+    fields += ["eval.max_images=3", "data.max_text_tokens=9"] if verb == "generate" else []
+    for field in fields:
+        assert main([*arguments, f"--config.{field}"]) == 2
+        message = capfd.readouterr().err
+        assert f"--config.{field} has no effect on the {verb[:-1]}ion" in message
+        assert "eval.num_beams" in message and "mesh.*" in message and message.count("\n") == 1
+        assert ("eval.source" in message) == (verb == "evaluate")
+    assert main([*arguments, "--config.eval.num_beam=3"]) == 2
+    assert "no field 'eval.num_beam'; the nearest is --config.eval.num_beams" in (
+        capfd.readouterr().err
+    )
+
+
+def test_fields_with_an_effect_are_those_that_generation_reads(model, monkeypatch):
+    """But for the sizes of the model, which are those of its weights."""
+    read = set()
+
+    def recorded(method):
+        def get(config, name, *default):
+            read.update(f"{path}{name}" for path, part in parts.items() if part is config)
+            return method(config, name, *default)
+
+        return get
+
+    config = model.task.config
+    sections = ((f"{name}.", part) for name, part in config.items())
+    parts = {"": config} | {n: part for n, part in sections if isinstance(part, ConfigDict)}
+    for method in ("__getattr__", "__getitem__", "get"):
+        monkeypatch.setattr(ConfigDict, method, recorded(getattr(ConfigDict, method)))
+    images = pictures(1, seed=9)
+    model.caption(images)
+    model.answer(images, "what?")
+    model.rank(images, ["a", "b"])
+    monkeypatch.undo()
+    read &= {name for name in field_names(config) if not name.startswith("model.")}
+    assert {"data.prompt", "eval.batch_size", "eval.num_beams", "data.resize"} <= read
+    assert read - {"task", "data.image_size_px"} <= set(READ_AGAIN["generation"])
 
 
 def test_texts_that_are_too_long(models):

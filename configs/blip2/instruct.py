@@ -1,8 +1,8 @@
 """InstructBLIP's instruction tuning (arXiv 2305.06500, §2.6), over a BLIP-2 of stage 2.
 
 Its training was never released. What the paper does not say is that of X-InstructBLIP, by the same
-group (lavis/projects/xinstruct_blip/train/vicuna7b/image_train.yaml). All values are the defaults of
-the task; they are repeated here to be seen.
+group (lavis/projects/xinstruct_blip/train/vicuna7b/image_train.yaml). All values are the defaults
+of the task; they are repeated here to be seen.
 """
 
 from jaxblip.config import default_config
@@ -26,10 +26,11 @@ def instructblip(arg, architecture, *, batch_size, language_model, **data):
     config.model.language_model.update(language_model)
 
     # To be named by the user: config.init.all, a BLIP-2 with the same language model, such as
-    # hf:Salesforce/blip2-flan-t5-xl or the work directory of stage 2. The text side of the Q-Former,
-    # which stage 2 drops, comes with config.init.qformer, the work directory of stage 1 (then the
-    # queries are those of stage 1, as in X-InstructBLIP), or starts at random. config.data.train is
-    # the path of a JSONL file with an instruction in each line, of templates of the user's choice.
+    # hf:Salesforce/blip2-flan-t5-xl or the work directory of stage 2. The text side of the
+    # Q-Former, which stage 2 drops, comes with config.init.qformer, the work directory of stage 1
+    # (then the queries are those of stage 1, as in X-InstructBLIP), or starts at random.
+    # config.data.train is the path of a JSONL file with an instruction in each line, of templates
+    # of the user's choice.
 
     config.batch_size = batch_size
     config.steps = 60_000  # §2.6: at most

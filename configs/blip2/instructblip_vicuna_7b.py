@@ -6,5 +6,9 @@ import instruct
 def get_config(arg=""):
     # The sizes of the language model are the defaults; its tokenizer is that of the weights.
     return instruct.instructblip(
-        arg, "llama", batch_size=128, language_model={"vocab_size": 32000}, max_text_tokens=128 + 256
+        arg,
+        "llama",
+        batch_size=128,
+        language_model={"vocab_size": 32000},
+        max_text_tokens=128 + 256,
     )

@@ -23,8 +23,8 @@ OPT_6_7B = dict(
 )
 
 # FlanT5 (arXiv 2210.11416, §2; sizes of T5 v1.1). The vocabulary is the rows of the released
-# embedding, a few more than the tokenizer's 32,100 entries. FlanT5 was trained with the tanh form of
-# GELU; LAVIS runs it with the exact one.
+# embedding, a few more than the tokenizer's 32,100 entries. FlanT5 was trained with the tanh form
+# of GELU; LAVIS runs it with the exact one.
 _FLAN_T5 = dict(
     vocab_size=32128, num_layers=24, num_decoder_layers=24, head_width=64, gated=True,
     activation="gelu", tied_head=False, start_token_id=0,

@@ -7,7 +7,7 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("language_model")
     common.set_shapes(config)
-    config.steps = 450
+    config.steps = 600
     # Captions of one image follow each other, so that the model learns to say again, in other
     # words, what stands before: in stage 2 the visual tokens will stand there.
     config.data.captions_per_text = 3

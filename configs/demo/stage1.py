@@ -8,9 +8,9 @@ def get_config(arg=""):
     config = default_config("stage1")
     common.set_shapes(config)
     config.init.vision = "runs/demo/vision"
-    config.steps = 600
+    config.steps = 560
     config.optimizer.peak_lr = 6e-3
     config.loss.itg_weight = 2.0  # words take longest to learn which of two objects is where
     config.model.embed_dim = 64
-    config.eval.rerank_top_k = 10
+    config.eval.rerank_top_k = 5
     return config

@@ -7,7 +7,7 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("clip")
     common.set_shapes(config)
-    config.steps = 400
+    config.steps = 370
     config.optimizer.peak_lr = 4e-3
     config.batch_size = 128
     config.model.embed_dim = 64

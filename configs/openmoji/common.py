@@ -7,7 +7,8 @@ def set_openmoji(config):
     config.batch_size = 128
     config.log_every_steps = 50
     config.checkpoint.every_steps = 500
-    config.optimizer.peak_lr = 1.5e-3
+    config.optimizer.name = "muon"
+    config.optimizer.peak_lr = 4e-3
     config.optimizer.min_lr = 0.0
     config.optimizer.warmup_steps = 100
 
@@ -22,7 +23,7 @@ def set_openmoji(config):
     if "vision" in config.model:
         config.model.vision.update(
             patch_size_px=16, width=128, num_layers=4, num_heads=4, mlp_width=512,
-            initializer_range=0.05,
+            initializer_range=0.05, position_init="sincos2d",
         )  # fmt: skip
     if "qformer" in config.model:
         config.model.qformer.update(

@@ -15,6 +15,14 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jaxblip.data.samples import BadSample
 
+# How an image becomes a square without augmentation, and the filters that encoders were trained on.
+RESIZES = ("squash", "shortest_edge")
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_RIBBON = 100  # times as long as wide
 _EXIF_ORIENTATION = 0x0112
 _RGB16_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
 
@@ -96,9 +104,25 @@ def to_rgb(image: Image.Image, counted: Counter) -> Image.Image:
         raise BadSample("unsupported image", str(error)) from error
 
 
-def resize_square(pixels: Pixels, size_px: int) -> Pixels:
-    """The image of evaluation: bicubic, antialiased, to a square; the aspect is not kept."""
-    return _resize(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size_px)
+def resize_square(
+    pixels: Pixels, size_px: int, resize: str = "squash", interpolation: str = "bicubic"
+) -> Pixels:
+    """The image without augmentation, antialiased.
+
+    Args:
+      resize: "squash" stretches it to the square, as BLIP and SigLIP do; "shortest_edge" resizes it
+        by its shorter side and takes the central square, as CLIP does.
+      interpolation: the filter, of `INTERPOLATIONS`.
+    """
+    if resize == "squash":
+        return _resize(pixels, _whole(pixels), (size_px, size_px), interpolation)
+    shorter = min(pixels.shape[:2])
+    # Of a ribbon the middle will do: the whole of it, resized, might not fit into memory.
+    pixels = _central(pixels, *(min(side, _RIBBON * shorter) for side in pixels.shape[:2]))
+    longer = int(size_px * max(pixels.shape[:2]) / shorter)  # rounded as in torchvision
+    is_tall = pixels.shape[0] >= pixels.shape[1]
+    size = (size_px, longer) if is_tall else (longer, size_px)
+    return _central(_resize(pixels, _whole(pixels), size, interpolation), size_px, size_px)
 
 
 def random_resized_crop(
@@ -107,15 +131,16 @@ def random_resized_crop(
     size_px: int,
     scale: tuple[float, float] = (0.5, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
 ) -> Pixels:
-    """A crop of random area and shape, resized to a square (bicubic, antialiased).
+    """A crop of random area and shape, resized to a square (antialiased).
 
     Follows torchvision's RandomResizedCrop, which BLIP and BLIP-2 use: the area is uniform in
     `scale` (shares of the whole), width / height is log-uniform in `aspect`; after ten crops that
     do not fit, the largest central one whose shape is allowed.
     """
     box = crop_box(pixels.shape[0], pixels.shape[1], rng, scale, aspect)
-    return _resize(pixels, box, size_px)
+    return _resize(pixels, box, (size_px, size_px), interpolation)
 
 
 def crop_box(
@@ -149,13 +174,25 @@ def random_flip(pixels: Pixels, rng: np.random.Generator, probability: float) ->
     return pixels[:, ::-1] if rng.random() < probability else pixels
 
 
-def _resize(pixels: Pixels, box: tuple[int, int, int, int], size_px: int) -> Pixels:
+def _whole(pixels: Pixels) -> tuple[int, int, int, int]:
+    return 0, 0, pixels.shape[1], pixels.shape[0]
+
+
+def _central(pixels: Pixels, height: int, width: int) -> Pixels:
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _resize(
+    pixels: Pixels, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: str
+) -> Pixels:
+    """A part of the image at another size `(width, height)`."""
     left, top, right, bottom = box
-    if (right - left, bottom - top) == (size_px, size_px):
+    if (right - left, bottom - top) == size:
         return pixels[top:bottom, left:right]
     # Cropped first, as torchvision does: Pillow's own `box` would look at pixels beyond its edge.
     crop = Image.fromarray(pixels[top:bottom, left:right])
-    return np.asarray(crop.resize((size_px, size_px), Image.Resampling.BICUBIC))
+    return np.asarray(crop.resize(size, INTERPOLATIONS[interpolation]))
 
 
 # RandAugment as BLIP uses it (`blip_image_train`): the sizes that magnitude 5 of 10 stands for.

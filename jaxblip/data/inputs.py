@@ -47,13 +47,19 @@ _TOKENIZER_EXAMPLES = 100_000
 
 
 def open_train_source(config: ConfigDict) -> Source:
-    """The source that `config.data.train` names, of a size that `data.shuffle_block` divides."""
+    """The source that `config.data.train` names, checked against batch, blocks and instructions."""
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
             "a .jsonl file."
         )
     source = open_source(config.data.train, image_size_px=config.data.image_size_px)
+    if len(source) < config.batch_size:
+        raise UserError(
+            f"{config.data.train} has {len(source)} examples, fewer than batch_size="
+            f"{config.batch_size}, so that a batch would repeat some: set --config.batch_size to "
+            f"{len(source)} or less, or give it more examples."
+        )
     block = config.data.shuffle_block
     if block < 1 or len(source) % block:
         raise UserError(
@@ -186,6 +192,15 @@ def with_vocabulary(
     return config
 
 
+def with_some_vocabulary(config: ConfigDict) -> ConfigDict:
+    """A copy of the config with which shapes can be checked before there is a tokenizer."""
+    config = config.copy_and_resolve_references()
+    for section in config.model.values():
+        if isinstance(section, ConfigDict) and section.get("vocab_size") == 0:
+            section.vocab_size = 1  # any other fits the rest of the model as well
+    return config
+
+
 def text_encoder(config: ConfigDict, tokenizer: Any) -> TextEncoder:
     """Texts to ids, in the form that the task reads."""
     if "language_model" in config.model:
@@ -257,6 +272,7 @@ def train_batches(
         captions_per_text=data.get("captions_per_text", 1),
         crop_scale=tuple(data.crop_scale),
         crop_aspect=tuple(data.crop_aspect),
+        interpolation=data.interpolation,
         flip_probability=data.flip_probability,
         randaugment=data.randaugment,
         max_image_pixels=data.max_image_pixels,
@@ -289,6 +305,8 @@ def read_eval_set(config: ConfigDict) -> EvalSet:
         data.max_words,
         config.eval.max_images,
         reads_instructions(config),
+        data.resize,
+        data.interpolation,
     )
 
 

@@ -130,9 +130,10 @@ def _parse(raw: bytes, place: str) -> dict[str, Any]:
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     try:
         line = json.loads(raw)
-    except ValueError as error:  # JSONDecodeError, or bytes that are not UTF-8
+    except ValueError as error:  # its own "line 1 column 9" would seem to be about the file
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
         raise UserError(
-            f"{place}: no JSON ({error}): {shown}; write one object a line, like {_EXAMPLE}"
+            f"{place}: no JSON ({reason}): {shown}; write one object a line, like {_EXAMPLE}"
         ) from error
     if not isinstance(line, dict):
         raise UserError(f"{place}: no JSON object: {shown}; write one a line, like {_EXAMPLE}")

@@ -72,6 +72,7 @@ class Preprocess:
       max_instruction_tokens: of the prompt that stands before a caption, BOS included: of a longer
         one the first tokens are left out; 0 for no limit.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
+      interpolation: the filter of its resizing, of `images.INTERPOLATIONS`.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
       randaugment: whether to add BLIP's RandAugment.
       max_image_pixels: an image with more is a bad sample.
@@ -89,6 +90,7 @@ class Preprocess:
     max_instruction_tokens: int = 0
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
     flip_probability: float = 0.5
     randaugment: bool = False
     max_image_pixels: int = 100_000_000
@@ -180,7 +182,12 @@ class Preprocess:
         if isinstance(image, bytes):
             image = images.decode_image(image, self.max_image_pixels, conversions)
         image = images.random_resized_crop(
-            image, rng, self.image_size_px, self.crop_scale, self.crop_aspect
+            image,
+            rng,
+            self.image_size_px,
+            self.crop_scale,
+            self.crop_aspect,
+            self.interpolation,
         )
         image = images.random_flip(image, rng, self.flip_probability)
         return images.randaugment(image, rng) if self.randaugment else image
@@ -426,12 +433,15 @@ def iterate_eval_images(
     max_words: int,
     max_images: int = 0,
     instructions: bool = False,
+    resize: str = "squash",
+    interpolation: str = "bicubic",
 ) -> EvalSet:
     """Reads a source once, in order; bad examples are left out and counted.
 
     Args:
       instructions: whether those of the examples are read.
       max_images: the first so many distinct images, with the captions met until then; 0 for all.
+      resize, interpolation: of the images, as in `images.resize_square`.
 
     Raises:
       RunStopped: no example could be used.
@@ -457,7 +467,9 @@ def iterate_eval_images(
             if image_id not in pixels:
                 if isinstance(image, bytes):
                     image = images.decode_image(image, max_pixels, conversions)
-                pixels[image_id] = images.resize_square(image, image_size_px)
+                pixels[image_id] = images.resize_square(
+                    image, image_size_px, resize, interpolation
+                )
         except BadSample as bad:
             skipped[bad.reason] += 1
             continue

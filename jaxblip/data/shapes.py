@@ -73,7 +73,7 @@ class Scene:
 
 
 def is_heldout(one: Thing, other: Thing) -> bool:
-    """Whether this unordered pair of objects is kept out of training (about a fifth of all pairs)."""
+    """Whether this unordered pair of objects is kept out of training, as about a fifth is."""
     names = "|".join(sorted((str(one), str(other))))
     digest = hashlib.sha256(names.encode()).digest()
     return int.from_bytes(digest[:4], "big") < _HELDOUT_SHARE * 2**32

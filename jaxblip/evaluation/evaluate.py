@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 
 from jaxblip.data import inputs
 from jaxblip.data.samples import counts_as_text
+from jaxblip.data.text import fill_prompt, join_prompt
 from jaxblip.decoding.make import make_image_to_text
+from jaxblip.errors import UserError
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.captions import caption_metrics
 from jaxblip.evaluation.retrieval import (
@@ -27,26 +29,28 @@ Metrics = dict[str, float]
 class Evaluation:
     """The evaluation of a run: its set, read once, and its compiled functions."""
 
-    def __init__(
-        self, task: Task, tokenizer: Any, mesh: Mesh, qformer_tokenizer: Any = None
-    ):
+    def __init__(self, task: Task, tokenizer: Any, mesh: Mesh, qformer_tokenizer: Any = None):
         """Reads the evaluation set.
 
         Args:
           qformer_tokenizer: of the Q-Former, for the task `instruct`.
 
         Raises:
-          UserError: it cannot be read, or `eval.batch_size` does not divide over the mesh.
+          UserError: it cannot be read, `eval.batch_size` does not divide over the mesh, or
+            `eval.rerank_top_k` is below 1.
         """
+        if task.config.eval.get("rerank_top_k", 1) < 1:
+            raise UserError(
+                f"eval.rerank_top_k={task.config.eval.rerank_top_k} leaves nothing to re-rank: set "
+                "it to 1 or more."
+            )
         self.task = task
         self.set = inputs.read_eval_set(task.config)
         self.predictions: list[str] = []
         self._map = RowMap(mesh, task.config.eval.batch_size)
         self._encode = inputs.text_encoder(task.config, tokenizer)
         if "num_beams" in task.config.eval:
-            self._image_to_text = make_image_to_text(
-                task, tokenizer, mesh, qformer_tokenizer
-            )
+            self._image_to_text = make_image_to_text(task, tokenizer, mesh, qformer_tokenizer)
 
     def run(self, params: Params, frozen: Params) -> Metrics:
         """Metrics by name.
@@ -55,9 +59,9 @@ class Evaluation:
         the last two both by ITC alone (`itc_…`) and re-ranked by ITM. `stage2`, `instruct`,
         `blip_caption`, `blip_vqa`: `caption_exact` (fraction) and `bleu4` (0 to 100), of captions,
         or of the answers to each example's instruction.
-        `language_model`: `loss` (nats a token), `perplexity`, `token_accuracy`. All but the last
-        leave a caption for each image in `predictions`: the generated one, or the best of the
-        set's.
+        `language_model`: `loss` (nats a token), `perplexity`, `token_accuracy`, of texts as in
+        training, with as many captions each. All but the last leave a caption for each image in
+        `predictions`: the generated one, or the best of the set's.
         """
         measure = {
             "blip_caption": self._captions,
@@ -72,7 +76,12 @@ class Evaluation:
         return measure(params, frozen)
 
     def gallery(self) -> list[dict[str, Any]]:
-        """Each image with its prediction and its true captions, as `report.write_report` wants."""
+        """Each image with its prediction and its true captions, as `report.write_report` wants.
+
+        Empty where nothing is predicted.
+        """
+        if not self.predictions:
+            return []
         images = (self.set.images[row] for row in self.set.rows)
         texts = self.set.instructions, self.predictions, self.set.captions
         return [
@@ -129,23 +138,36 @@ class Evaluation:
         return caption_metrics(self.predictions, data.captions)
 
     def _language_model_loss(self, params: Params, frozen: Params) -> Metrics:
-        texts, entries = self._flat_captions()
-        arrays = [*self._encode(texts)]
-        if inputs.has_encoder(self.task.config):
-            config, instructions = self.task.config, self.set.instructions
-            prompts = [inputs.prompt_ids(config, self._encode, text) for text in instructions]
-            ids = np.full((len(prompts), max(map(len, prompts))), self._encode.pad_id, np.int32)
-            for row, prompt in zip(ids, prompts, strict=True):
-                row[: len(prompt)] = prompt
-            lengths = np.array([len(prompt) for prompt in prompts])
-            arrays += [ids[entries], (np.arange(ids.shape[1]) < lengths[:, None])[entries]]
-        sums = self._map(self.task.token_sums, params, frozen, *arrays).sum(axis=0)
-        loss, accuracy = sums[:2] / sums[2]
-        return {
-            "loss": float(loss),
-            "perplexity": float(np.exp(loss)),
-            "token_accuracy": float(accuracy),
-        }
+        sums = self._map(self.task.token_sums, params, frozen, *self._texts_as_trained())
+        loss, accuracy, tokens = sums.sum(axis=0)
+        loss, accuracy = float(loss / tokens), float(accuracy / tokens)
+        return {"loss": loss, "perplexity": float(np.exp(loss)), "token_accuracy": accuracy}
+
+    def _texts_as_trained(self) -> list[np.ndarray]:
+        """The task's fields for texts as in training, where several captions may make up one.
+
+        A text begins with each caption once, and goes on with those that follow it in the set, the
+        first behind the last, so that all captions count alike. An encoder reads the prompt alone.
+        """
+        config, has_encoder = self.task.config, inputs.has_encoder(self.task.config)
+        texts, prompts = [], []
+        for captions, instruction in zip(self.set.captions, self.set.instructions, strict=True):
+            prompt = fill_prompt(config.data.prompt, instruction)
+            prompted = [join_prompt(prompt, caption) for caption in captions]
+            for first, caption in enumerate(captions):
+                others = prompted[first + 1 :] + prompted[:first]
+                begin = caption if has_encoder else prompted[first]
+                texts.append([begin, *others[: config.data.captions_per_text - 1]])
+                if has_encoder:
+                    prompts.append(inputs.prompt_ids(config, self._encode, instruction))
+        arrays = list(map(np.stack, zip(*map(self._encode.row, texts), strict=True)))
+        if has_encoder:
+            lengths = np.array(list(map(len, prompts)))
+            mask = np.arange(lengths.max()) < lengths[:, None]
+            ids = np.full(mask.shape, self._encode.pad_id, np.int32)
+            ids[mask] = np.concatenate(prompts)
+            arrays += [ids, mask]
+        return arrays
 
     def _flat_captions(self) -> tuple[list[str], np.ndarray]:
         """All captions, and the index of each one's image."""

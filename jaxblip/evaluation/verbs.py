@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import numpy as np
 from jaxblip.api import ANSWER_DECODING, Decoding, Model, load
 from jaxblip.errors import UserError
 from jaxblip.evaluation.evaluate import Evaluation, Metrics
+from jaxblip.evaluation.labels import TASK_TITLES
 from jaxblip.evaluation.report import write_report
+from jaxblip.training.environment import describe_environment
+from jaxblip.training.metrics import METRICS_FILE
 from jaxblip.training.restore import load_run
 
 RESULTS_FILE = "results.json"
@@ -23,49 +27,61 @@ REPORT_FILE = "results.html"
 def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = None) -> Metrics:
     """Evaluates a checkpoint, prints and saves its metrics.
 
-    Writes `results.json`; where images are captioned or captions retrieved also
-    `predictions.jsonl` (image id, instruction, caption, references) and `results.html`, which
-    shows them.
+    Writes `results.json`, `results.html`, and, where images are captioned or captions retrieved,
+    `predictions.jsonl` (image id, instruction, caption, references).
     """
+    begin = time.perf_counter()
     run = load_run(workdir, overrides, step)
-    config = run.task.config
+    config, folder = run.task.config, Path(workdir)
     if not config.eval.source:
         raise UserError(
             "The run has no evaluation source: add --config.eval.source=shapes:heldout or the path "
             "of a .jsonl file."
         )
     evaluation = Evaluation(run.task, run.tokenizer, run.mesh, run.qformer_tokenizer)
-    print(
-        f"Step {run.step} of {workdir} on {config.eval.source}. {evaluation.describe()}", flush=True
-    )
+    what = f"Step {run.step} of {workdir} on {config.eval.source}. {evaluation.describe()}"
+    print(what, flush=True)
     metrics = evaluation.run(run.params, run.frozen)
     for name, value in metrics.items():
         print(f"{name:>15} {value:.4f}")
-    written = [RESULTS_FILE, *([PREDICTIONS_FILE, REPORT_FILE] if evaluation.predictions else [])]
     results = {"step": run.step, "source": config.eval.source, **metrics}
-    (Path(workdir) / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     if evaluation.predictions:
-        write_report(
-            Path(workdir) / REPORT_FILE,
-            title=f"{workdir} after {run.step} steps, on {config.eval.source}",
-            phases=[],
-            results=metrics,
-            gallery=evaluation.gallery(),
-        )
-        rows = zip(
-            evaluation.set.image_ids.tolist(),
-            evaluation.set.instructions,
-            evaluation.predictions,
-            evaluation.set.captions,
-            strict=True,
-        )
-        with (Path(workdir) / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
-            for image_id, asked, caption, references in rows:
-                row = {"image_id": image_id, **({"instruction": asked} if asked else {})}
-                row |= {"caption": caption, "references": references}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"Written to {workdir}: {', '.join(written)}")
+        _write_predictions(folder / PREDICTIONS_FILE, evaluation)
+    environment = describe_environment()
+    recorded = folder / METRICS_FILE  # published weights have none
+    write_report(
+        folder / REPORT_FILE,
+        title=TASK_TITLES[config.task],
+        phases=[{"name": "Training", "metrics_jsonl": recorded}] if recorded.is_file() else [],
+        results={
+            **metrics,
+            "seconds": {"evaluation": time.perf_counter() - begin},
+            "versions": environment["versions"],
+            "device": environment["devices"],
+            "cpu_count": environment["cpu_count"],
+        },
+        gallery=evaluation.gallery(),
+        notes=[what],
+    )
+    predictions = [PREDICTIONS_FILE] if evaluation.predictions else []
+    print(f"Written to {workdir}: {', '.join([RESULTS_FILE, *predictions, REPORT_FILE])}")
     return metrics
+
+
+def _write_predictions(path: Path, evaluation: Evaluation) -> None:
+    rows = zip(
+        evaluation.set.image_ids.tolist(),
+        evaluation.set.instructions,
+        evaluation.predictions,
+        evaluation.set.captions,
+        strict=True,
+    )
+    with path.open("w", encoding="utf-8") as file:
+        for image_id, asked, caption, references in rows:
+            row = {"image_id": image_id, **({"instruction": asked} if asked else {})}
+            row |= {"caption": caption, "references": references}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def generate(
@@ -167,8 +183,9 @@ def _read_candidates(candidates: str) -> list[str]:
     texts = candidates.split(",") if parts is None else parts
     texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if len(texts) < 2:
+        found = f"has {len(texts)} text(s)" if parts else f"are {len(texts)} text(s) and no file"
         raise UserError(
-            f"candidates={candidates!r} are {len(texts)} text(s), but ranking needs two or more: "
-            "name a file that exists, with one a line, or separate them with commas."
+            f"candidates={candidates!r} {found}, but ranking needs two texts or more: name a file "
+            "with one a line, or separate them with commas."
         )
     return texts

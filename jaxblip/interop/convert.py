@@ -119,15 +119,10 @@ def _import(
         "resizing": published.resizing,
     }
     (folder / CONVERTED_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    lines = [f"{source} is a {published.name}: written as a run of the task {config.task}."]
+    lines = [f"{source} holds {published.name}: written as a run of the task {config.task}."]
     if missing:
         names = ", ".join(prefixes(missing, stored))
         lines.append(f"It has no {names}: these parameters are random.")
-    processing = find_image_processing(published.weights.folder)
-    if processing is not None and (processing.resize != "square" or processing.crop_px):
-        lines.append(
-            "Its processor keeps the aspect of images and crops them; a run makes them square."
-        )
     return params, lines
 
 
@@ -167,8 +162,7 @@ def published_config(
         data.image_size_px = published.configs["vision"].image_size_px
         processing = find_image_processing(published.weights.folder)
         if processing is not None:
-            data.pixel_mean = tuple(map(float, processing.mean))
-            data.pixel_std = tuple(map(float, processing.std))
+            data.update(processing.data_fields())
     if published.task == "stage1":
         add_dec_token(tokenizer)
         model.dec_token_id = tokenizer.convert_tokens_to_ids(DEC_TOKEN)

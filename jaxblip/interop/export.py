@@ -17,7 +17,7 @@ from jaxblip.data import inputs
 from jaxblip.data.tokenizers import save_tokenizer
 from jaxblip.interop.entries import Layout
 from jaxblip.interop.families import blip, blip2, clip, instructblip, llama, opt, t5
-from jaxblip.interop.processors import IMAGE_TOKEN, ImageProcessing
+from jaxblip.interop.processors import ImageProcessing
 from jaxblip.interop.save import save_params
 from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
@@ -36,6 +36,8 @@ from jaxblip.training.restore import read_config
 from jaxblip.training.sources import prefixes
 
 Params = dict[str, Any]
+
+IMAGE_TOKEN = "<image>"  # stands for a visual token in a prompt
 
 BLIP = {
     "blip_caption": (blip.blip_captioner_layout, blip.hf_blip_captioner_config),
@@ -203,11 +205,8 @@ def _image_token(tokenizer: Any, vocab_size: int) -> tuple[int | None, tuple[str
 
 
 def _write_processor(config: ConfigDict, target: Target, folder: Path) -> None:
-    data = config.data
-    processing = ImageProcessing(
-        data.image_size_px, mean=tuple(data.pixel_mean), std=tuple(data.pixel_std)
-    )
-    image = processing.to_hf() | {"processor_class": target.processor["processor_class"]}
+    image = ImageProcessing.of_run(config.data).to_hf()
+    image["processor_class"] = target.processor["processor_class"]
     files = {"preprocessor_config.json": image, "processor_config.json": target.processor}
     for name, content in files.items():
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"

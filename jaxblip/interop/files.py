@@ -139,7 +139,12 @@ def open_weights(source: str | os.PathLike) -> Weights:
 def _fetch(name: str, revision: str | None) -> Path:
     """The folder of the cache that holds a Hugging Face repository, after a download if need be."""
     import huggingface_hub  # brings an HTTP client, which local files do without
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(
@@ -150,11 +155,19 @@ def _fetch(name: str, revision: str | None) -> Path:
                 ignore_patterns=list(NOT_FETCHED),
             )
         )
+    except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        lacking = "in the cache, and the hub was not reached" if offline else "on the hub for you"
+        fix = "fetch it where there is network" if offline else "log in where it is private"
+        raise UserError(
+            f"There is no folder or file {name!r}, and no Hugging Face repository of that name "
+            f"{lacking}: correct the path or the name, or {fix}."
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"The Hugging Face repository {name!r} could not be read, and no folder has that name: "
-            f"{reason} Correct the name, or, without network, fetch it into the cache beforehand."
+            f"The Hugging Face repository {name!r} could not be read, and no folder has that name "
+            f"({reason}): correct the name, or fetch it into the cache beforehand."
         ) from error
 
 

@@ -123,21 +123,37 @@ def open_gguf(file: str | os.PathLike, source: str | None = None) -> Weights:
 def gguf_tokenizer(file: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file, as transformers builds it; `save_pretrained` writes its files.
 
-    Raises:
-      UserError: transformers cannot build it, which needs PyTorch.
-    """
-    from transformers import AutoTokenizer
+    `AutoTokenizer` would read the file through PyTorch, which the conversion itself does without.
 
-    file = Path(file)
+    Raises:
+      UserError: the package `gguf` is not installed, or transformers cannot convert it.
+    """
+    _, reader = _reader(Path(file), os.fspath(file))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+        fields, settings = (
+            {
+                ours: value
+                for name, ours in GGUF_TOKENIZER_MAPPING[group].items()
+                if (value := _field(reader, f"tokenizer.{name}")) is not None
+            }
+            for group in ("tokenizer", "tokenizer_config")
+        )
+        if fields.get("tokenizer_type") == "llama":
+            settings.setdefault("add_bos_token", True)  # llama.cpp, where the file says nothing
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            place = fields.get(f"{name}_id")
+            settings[name] = None if place is None else fields["tokens"][place]
+        converted, more = convert_gguf_tokenizer(_field(reader, "general.architecture"), fields)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, **settings, **more)
+    except (ValueError, LookupError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"transformers makes no tokenizer of {os.fspath(file)!r} ({reason}): install gguf and "
-            "torch, which it needs for that, or take the tokenizer of the original model."
+            f"transformers makes no tokenizer of {os.fspath(file)!r} ({reason}): update "
+            "transformers, or take the tokenizer of the original model."
         ) from error
-    _, reader = _reader(file, os.fspath(file))
     if _field(reader, "tokenizer.ggml.pre") == "smollm":
         # transformers leaves GPT-2's splitting, which joins spaces before a digit otherwise.
         from tokenizers import pre_tokenizers

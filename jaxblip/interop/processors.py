@@ -1,29 +1,19 @@
-"""Processors of Hugging Face: how a checkpoint wants images, and the ids of BLIP-2's prompts."""
+"""Image processors of Hugging Face: how a checkpoint wants images."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
-from PIL import Image
-from tokenizers import AddedToken, Tokenizer
-
-from jaxblip.data import images
+from jaxblip.data.images import INTERPOLATIONS
 from jaxblip.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Where transformers has the settings: version 5 within the processor's file, before beside it.
 FILES = ("processor_config.json", "preprocessor_config.json")
-IMAGE_TOKEN = "<image>"
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -33,7 +23,7 @@ _COMMON = {
     "do_rescale": True,
     "do_normalize": True,
     "rescale_factor": 1 / 255,
-    "resample": int(Image.Resampling.BICUBIC),
+    "resample": int(INTERPOLATIONS["bicubic"]),
     "crop_size": None,
 }
 # What a file leaves out, by its class; a size that is one number means the side that is named here.
@@ -55,93 +45,68 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessing:
-    """From an image to the pixels that an encoder was trained on.
+    """From an image to the pixels that an encoder was trained on, by fields of `config.data`.
 
     Attributes:
-      size_px: a side of the image after resizing.
-      resize: "square" makes all sides `size_px`, "shortest_edge" the shorter one; that keeps the
-        aspect.
-      crop_px: side of the central square that is kept after resizing, black where the image does
-        not reach; None keeps everything.
-      resample: the filter, of `PIL.Image.Resampling`; antialiased.
+      size_px: side of the square that comes out.
+      resize: how the image becomes a square, of `images.RESIZES`.
+      interpolation: the filter, of `images.INTERPOLATIONS`.
       mean: of red, green and blue, from 0 to 1.
       std: likewise; normalized pixels are `(pixel / 255 - mean) / std`.
     """
 
     size_px: int
-    resize: Literal["square", "shortest_edge"] = "square"
-    crop_px: int | None = None
-    resample: int = int(Image.Resampling.BICUBIC)
+    resize: str = "squash"
+    interpolation: str = "bicubic"
     mean: tuple[float, float, float] = _CLIP_MEAN
     std: tuple[float, float, float] = _CLIP_STD
 
-    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-        """Resized and cropped, not normalized: that is for the device.
+    def data_fields(self) -> dict[str, Any]:
+        """What `config.data` says of it, but for the size, which the encoder decides."""
+        return {
+            "resize": self.resize,
+            "interpolation": self.interpolation,
+            "pixel_mean": tuple(map(float, self.mean)),
+            "pixel_std": tuple(map(float, self.std)),
+        }
 
-        Transparent parts become white. 16-bit images are divided by 257, where transformers cuts
-        them off at 255.
-
-        Raises:
-          jaxblip.data.samples.BadSample: the pixels are of a type that is no picture.
-        """
-        rgb = images.to_rgb(image, Counter())
-        width, height = size = rgb.size
-        if self.resize == "square":
-            size = (self.size_px, self.size_px)
-        else:
-            longer = int(self.size_px * max(size) / min(size))  # rounded as in torchvision
-            size = (self.size_px, longer) if width <= height else (longer, self.size_px)
-        pixels = np.asarray(rgb.resize(size, Image.Resampling(self.resample)))
-        return pixels if self.crop_px is None else _central(pixels, self.crop_px)
-
-    def normalize(
-        self, pixels: UInt8[np.ndarray, "*batch height width 3"]
-    ) -> Float32[np.ndarray, "*batch height width 3"]:
-        """What the encoder takes, computed on the host."""
-        mean, std = np.float32(self.mean), np.float32(self.std)
-        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    @classmethod
+    def of_run(cls, data: Mapping[str, Any]) -> ImageProcessing:
+        """That of a run, from its `config.data`."""
+        return cls(
+            data["image_size_px"],
+            data["resize"],
+            data["interpolation"],
+            tuple(data["pixel_mean"]),
+            tuple(data["pixel_std"]),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The preprocessor_config.json of which `image_processing` makes this again."""
-        square = self.resize == "square"
-        size = dict.fromkeys(("height", "width"), self.size_px)
-        fields = {
-            "image_processor_type": "BlipImageProcessor" if square else "CLIPImageProcessor",
+        crops = self.resize == "shortest_edge"  # only CLIP's class has always cropped
+        square = dict.fromkeys(("height", "width"), self.size_px)
+        return {
+            "image_processor_type": "CLIPImageProcessor" if crops else "BlipImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": size if square else {"shortest_edge": self.size_px},
-            "resample": self.resample,
-            "do_center_crop": self.crop_px is not None,
+            "size": {"shortest_edge": self.size_px} if crops else square,
+            "resample": int(INTERPOLATIONS[self.interpolation]),
+            "do_center_crop": crops,
+            **({"crop_size": square} if crops else {}),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
-        if self.crop_px is not None:
-            # Only CLIP's class has always cropped.
-            fields["image_processor_type"] = "CLIPImageProcessor"
-            fields["crop_size"] = dict.fromkeys(("height", "width"), self.crop_px)
-        return fields
-
-
-def load_image_processing(folder: str | os.PathLike) -> ImageProcessing:
-    """The settings that lie beside the weights in `folder`.
-
-    Raises:
-      UserError: there are none, or as `image_processing`.
-    """
-    found = find_image_processing(folder)
-    if found is None:
-        raise UserError(
-            f"{os.fspath(folder)!r} has no {FILES[1]}, and no {FILES[0]} with settings of images: "
-            "fetch them, or give ImageProcessing yourself."
-        )
-    return found
 
 
 def find_image_processing(folder: str | os.PathLike) -> ImageProcessing | None:
-    """As `load_image_processing`, but None where there are no settings."""
+    """The settings that lie beside the weights in `folder`; None where there are none.
+
+    Raises:
+      UserError: as `image_processing`.
+    """
     for file in (Path(folder) / name for name in FILES):
         if not file.is_file():
             continue
@@ -182,23 +147,24 @@ def image_processing(hf: Mapping[str, Any]) -> ImageProcessing:
     size = fields["size"]
     if isinstance(size, int):
         size = {"shortest_edge": size} if kind == "CLIPImageProcessor" else _square(size)
-    if set(size) == {"shortest_edge"}:
-        resize, size_px = "shortest_edge", size["shortest_edge"]
-    elif set(size) == {"height", "width"} and size["height"] == size["width"]:
-        resize, size_px = "square", size["height"]
-    else:
+    sides = set(size.values())
+    if len(sides) != 1 or size.keys() not in ({"shortest_edge"}, {"height", "width"}):
         _refuse(fields, "size", "it must be a square or a shortest_edge")
-    crop_px = None
-    if fields["do_center_crop"]:
-        crop = fields["crop_size"] or size_px
-        crop = _square(crop) if isinstance(crop, int) else crop
-        if set(crop) != {"height", "width"} or crop["height"] != crop["width"]:
-            _refuse(fields, "crop_size", "it must be a square")
-        crop_px = crop["height"]
+    (size_px,) = sides
+    is_square = "height" in size
+    if not is_square and not fields["do_center_crop"]:
+        _refuse(fields, "do_center_crop", "images must come out square")
+    crop = fields["crop_size"] or size_px
+    if fields["do_center_crop"] and crop not in (size_px, _square(size_px)):
+        _refuse(fields, "crop_size", f"images must keep the {size_px} px of their resizing")
+    filters = {int(code): name for name, code in INTERPOLATIONS.items()}
+    if fields["resample"] not in filters:
+        _refuse(fields, "resample", f"it must be one of {filters}")
     mean, std = (0.0,) * 3, (1.0,) * 3
     if fields["do_normalize"]:
         mean, std = tuple(fields["image_mean"]), tuple(fields["image_std"])
-    return ImageProcessing(size_px, resize, crop_px, int(fields["resample"]), mean, std)
+    resize = "squash" if is_square else "shortest_edge"
+    return ImageProcessing(size_px, resize, filters[fields["resample"]], mean, std)
 
 
 def _square(side: int) -> dict[str, int]:
@@ -209,78 +175,3 @@ def _refuse(fields: Mapping[str, Any], name: str, reason: str) -> NoReturn:
     raise UserError(
         f"The image processor has {name}={fields[name]!r}, which is not covered: {reason}."
     )
-
-
-def _central(
-    pixels: UInt8[np.ndarray, "height width 3"], side: int
-) -> UInt8[np.ndarray, "side side 3"]:
-    lacking = [max(0, side - length) for length in pixels.shape[:2]]
-    before = [(number + 1) // 2 for number in lacking]
-    after = [number // 2 for number in lacking]
-    pixels = np.pad(pixels, [*zip(before, after, strict=True), (0, 0)])
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt as transformers' BLIP-2 takes it: placeholders for the image, then the text.
-
-    Attributes:
-      ids: of placeholders and text, special tokens included.
-      is_image: where a placeholder stands.
-    """
-
-    ids: Int32[np.ndarray, " tokens"]
-    is_image: Bool[np.ndarray, " tokens"]
-
-    @property
-    def text_ids(self) -> Int32[np.ndarray, " text"]:
-        """Without the placeholders: what follows the visual tokens in `Blip2Stage2`."""
-        return self.ids[~self.is_image]
-
-
-class PromptEncoder:
-    """Prompts into the ids of transformers' `Blip2Processor`.
-
-    Args:
-      tokenizer: of the language model: with or without an entry for the placeholder, which then is
-        added behind its last one, as transformers does.
-      num_query_tokens: placeholders in front of each prompt, as many as the Q-Former has queries.
-
-    Raises:
-      UserError: the tokenizer has no fast version.
-
-    Attributes:
-      image_token_id: of the placeholder; `image_token_index` in the config.json.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_query_tokens: int = 32):
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"tokenizer {tokenizer.name_or_path!r} has no fast version; save it with a "
-                "tokenizer.json, which save_pretrained of a fast one writes."
-            )
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        token = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
-        self._tokenizer.add_special_tokens([token])
-        self.image_token_id = self._tokenizer.token_to_id(IMAGE_TOKEN)
-        self.num_query_tokens = num_query_tokens
-
-    def __call__(self, text: str) -> Prompt:
-        """One prompt.
-
-        Raises:
-          UserError: the text spells the placeholder out, so that an image would be read twice.
-        """
-        text_ids = np.array(self._tokenizer.encode(text).ids, np.int32)
-        if (text_ids == self.image_token_id).any():
-            raise UserError(
-                f"The prompt {text!r} contains {IMAGE_TOKEN!r}, which stands for the image and is "
-                "put in front of the text: leave it out."
-            )
-        image = np.full(self.num_query_tokens, self.image_token_id, np.int32)
-        is_image = np.arange(len(image) + len(text_ids)) < len(image)
-        return Prompt(np.concatenate([image, text_ids]), is_image)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,8 @@ from jaxblip.models.positions import interpolate_positions
 
 _DTYPE_OF_SIZE = {1: ml_dtypes.bfloat16, 8: np.float32}
 POSITIONS = "vision/position_embedding"
+SECTIONS = ("vision", "text", "qformer", "language_model")  # of `config.model`
+FIELDS = ("vision_norm_epsilon", "embed_dim", "dec_token_id")  # beside them
 LAVIS_STAGE1 = "LAVIS stage 1"
 BERT = "BertModel"
 
@@ -66,7 +68,7 @@ class Published:
       layout: where in the tree of a task they belong.
       task: the task that has the model as a whole; "" where it is but a part of one.
       configs: the model's configs, by section of `config.model`.
-      fields: what else it says of `config.model`: vision_norm_epsilon, embed_dim, dec_token_id.
+      fields: what else it says of `config.model` (`FIELDS`).
       tokenizers: by the section whose texts a tokenizer is for, the folder beside the weights where
         it lies.
       resizing: how its table of positions is brought to another image size
@@ -142,6 +144,12 @@ def open_published(source: str | os.PathLike) -> Published:
     for name in names:
         if name in PUBLISHED:
             return PUBLISHED[name](name, weights)
+    if any(name.startswith("Siglip2") for name in names):
+        raise UserError(
+            f"{weights.source!r} is a {names[0]}, the NaFlex form of SigLIP 2, which reads images "
+            "as patches in their own aspect, where jaxblip has squares: name a SigLIP 2 of fixed "
+            "resolution, such as google/siglip2-base-patch16-224."
+        )
     what = f"a {names[0]}" if names else "of no class that a config.json beside it names"
     raise UserError(
         f"{weights.source!r} is {what}, which jaxblip has no place for: it reads "
@@ -149,17 +157,18 @@ def open_published(source: str | os.PathLike) -> Published:
     )
 
 
-def _stage1(name: str, weights: Weights) -> Published:
-    model = blip2_retrieval_model(weights.config)
-    return Published(
-        name,
-        weights,
-        blip2_retrieval_layout(model),
-        "stage1",
-        _configs(model, "vision", "qformer"),
-        _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
-        tokenizers={"qformer": ""},
-    )
+def _model(
+    task: str,
+    make: Callable[[Mapping[str, Any]], Any],
+    layout: Callable[[Any], Layout],
+    tokenizers: Mapping[str, str],
+    name: str,
+    weights: Weights,
+) -> Published:
+    """A whole model, which `make` makes of its config.json and `layout` finds in its files."""
+    model = make(weights.config)
+    parts = _configs(model), _fields(model)
+    return Published(name, weights, layout(model), task, *parts, tokenizers)
 
 
 def _lavis(weights: Weights) -> Published:
@@ -173,76 +182,17 @@ def _lavis(weights: Weights) -> Published:
         weights,
         layout,
         "stage1",
-        _configs(model, *(("vision",) if has_vision else ()), "qformer"),
-        _fields(model, "vision_norm_epsilon", "dec_token_id", "embed_dim"),
+        _configs(model, ("vision", "qformer") if has_vision else ("qformer",)),
+        _fields(model),
         tokenizers={"qformer": ""},
         resizing="bicubic_align_corners" if model.vision_config.pre_norm else "bicubic",
-    )
-
-
-def _stage2(name: str, weights: Weights) -> Published:
-    model = blip2_model(weights.config)
-    return Published(
-        name,
-        weights,
-        blip2_layout(model),
-        "stage2",
-        _configs(model, "vision", "qformer", "language_model"),
-        _fields(model, "vision_norm_epsilon"),
-        tokenizers={"language_model": ""},
-    )
-
-
-def _instruct(name: str, weights: Weights) -> Published:
-    model = instructblip_model(weights.config)
-    return Published(
-        name,
-        weights,
-        instructblip_layout(model),
-        "instruct",
-        _configs(model, "vision", "qformer", "language_model"),
-        _fields(model, "vision_norm_epsilon"),
-        tokenizers={"language_model": "", "qformer": "qformer_tokenizer"},
-    )
-
-
-def _blip(
-    task: str,
-    make: Callable[[Mapping[str, Any]], Any],
-    layout: Callable[[Any], Layout],
-    fields: tuple[str, ...],
-    name: str,
-    weights: Weights,
-) -> Published:
-    model = make(weights.config)
-    return Published(
-        name,
-        weights,
-        layout(model),
-        task,
-        _configs(model, "vision", "text"),
-        _fields(model, *fields),
-        tokenizers={"text": ""},
-    )
-
-
-def _clip(name: str, weights: Weights) -> Published:
-    model = clip_model(weights.config)
-    return Published(
-        name,
-        weights,
-        clip_layout(model),
-        "clip",
-        _configs(model, "vision", "text"),
-        _fields(model, "vision_norm_epsilon", "embed_dim"),
-        tokenizers={"text": ""},
     )
 
 
 def _siglip(name: str, weights: Weights) -> Published:
     model = siglip_model(weights.config)
     # No task has its text tower.
-    return Published(name, weights, siglip_layout(model), "", _configs(model, "vision"))
+    return Published(name, weights, siglip_layout(model), "", _configs(model, ("vision",)))
 
 
 def _vision(
@@ -280,23 +230,33 @@ _LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 
 # Everything that is read, by `architectures[0]` of its config.json.
 PUBLISHED: dict[str, Callable[[str, Weights], Published]] = {
-    "Blip2ForConditionalGeneration": _stage2,
-    "Blip2ForImageTextRetrieval": _stage1,
+    "Blip2ForConditionalGeneration": partial(
+        _model, "stage2", blip2_model, blip2_layout, {"language_model": ""}
+    ),
+    "Blip2ForImageTextRetrieval": partial(
+        _model, "stage1", blip2_retrieval_model, blip2_retrieval_layout, {"qformer": ""}
+    ),
     "BlipForConditionalGeneration": partial(
-        _blip, "blip_caption", blip_captioner, blip_captioner_layout, ("dec_token_id",)
+        _model, "blip_caption", blip_captioner, blip_captioner_layout, {"text": ""}
     ),
     "BlipForImageTextRetrieval": partial(
-        _blip, "blip_retrieval", blip_retrieval_model, blip_retrieval_layout, ("embed_dim",)
+        _model, "blip_retrieval", blip_retrieval_model, blip_retrieval_layout, {"text": ""}
     ),
     "BlipForQuestionAnswering": partial(
-        _blip,
+        _model,
         "blip_vqa",
         blip_question_answering_model,
         blip_question_answering_layout,
-        ("dec_token_id",),
+        {"text": ""},
     ),
-    "InstructBlipForConditionalGeneration": _instruct,
-    "CLIPModel": _clip,
+    "InstructBlipForConditionalGeneration": partial(
+        _model,
+        "instruct",
+        instructblip_model,
+        instructblip_layout,
+        {"language_model": "", "qformer": "qformer_tokenizer"},
+    ),
+    "CLIPModel": partial(_model, "clip", clip_model, clip_layout, {"text": ""}),
     "CLIPVisionModel": partial(_vision, CLIP_VISION, clip_vision_layout),
     "SiglipModel": _siglip,
     "SiglipVisionModel": partial(_vision, SIGLIP_VISION, siglip_vision_layout),
@@ -313,6 +273,8 @@ _OF_MODEL_TYPE = {
     "clip_vision_model": "CLIPVisionModel",
     "siglip": "SiglipModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "siglip2": "Siglip2Model",
+    "siglip2_vision_model": "Siglip2VisionModel",
     "opt": "OPTForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -323,12 +285,14 @@ _OF_MODEL_TYPE = {
 }
 
 
-def _configs(model: Any, *sections: str) -> dict[str, Any]:
-    return {section: getattr(model, f"{section}_config") for section in sections}
+def _configs(model: Any, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
+    """The configs of a model's parts, those of `sections` that it has."""
+    names = {section: f"{section}_config" for section in sections}
+    return {part: getattr(model, name) for part, name in names.items() if hasattr(model, name)}
 
 
-def _fields(model: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in names}
+def _fields(model: Any) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in FIELDS if hasattr(model, name)}
 
 
 def _from_bert(published: Published, flat: Mapping[str, Any]) -> Published:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxblip.models.layers import ACTIVATIONS, Attention, Dropout, FeedForward, layer_norm
+from jaxblip.models.layers import ACTIVATIONS, Attention, Dropout, FeedForward, Linear, layer_norm
 
 
 class TextEmbeddings(nn.Module):
@@ -54,7 +54,7 @@ class PredictionHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.dense = nn.Dense(self.width, kernel_init=self.kernel_init, dtype=self.dtype)
+        self.dense = Linear(self.width, kernel_init=self.kernel_init, dtype=self.dtype)
         self.norm = layer_norm(self.epsilon, self.dtype)
         self.bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
 

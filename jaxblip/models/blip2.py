@@ -22,7 +22,7 @@ from jaxblip.models.language_models import (
     continued_hidden,
     make_language_model,
 )
-from jaxblip.models.layers import KeyValues, l2_normalize, layer_norm
+from jaxblip.models.layers import KeyValues, Linear, l2_normalize, layer_norm
 from jaxblip.models.qformer import QFormer, QFormerConfig
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
@@ -150,7 +150,7 @@ class Blip2Stage2(nn.Module):
         self.vision = VisionTransformer(self.vision_config, self.dtype)
         self.vision_norm = layer_norm(self.vision_norm_epsilon, self.dtype)
         self.qformer = QFormer(self.qformer_config, self.dtype)
-        self.projection = nn.Dense(self.language_model_config.width, dtype=self.dtype)
+        self.projection = Linear(self.language_model_config.width, dtype=self.dtype)
         self.language_model = make_language_model(self.language_model_config, self.dtype)
 
     def visual_tokens(

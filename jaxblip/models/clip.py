@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.models.attention import causal_mask
+from jaxblip.models.attention import Mask, causal_mask
 from jaxblip.models.layers import (
     PreNormBlock,
     check_activation,
@@ -64,25 +64,25 @@ def valid_to_end_of_text(
     return jnp.arange(text_ids.shape[1]) <= ends.argmax(axis=1)[:, None]  # argmax: the first one
 
 
-class ClipTextTower(nn.Module):
-    """Causal transformer over the text; its feature is that of the last token."""
+class TextTower(nn.Module):
+    """Transformer over a text: word and position embeddings, blocks, a norm."""
 
     config: ClipTextConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, text_ids: Int[Array, "batch text"], text_valid: Bool[Array, "batch text"]
-    ) -> Float[Array, "batch width"]:
+    def hidden(
+        self, text_ids: Int[Array, "batch text"], mask: Mask | None
+    ) -> Float[Array, "batch text width"]:
+        """Normed states of all positions."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
 
         def embed(rows, name):
             return nn.Embed(rows, c.width, embedding_init=init, dtype=self.dtype, name=name)
 
-        positions = jnp.arange(text_ids.shape[1])
         x = embed(c.vocab_size, "token_embedding")(text_ids)
-        x += embed(c.max_positions, "position_embedding")(positions)
+        x += embed(c.max_positions, "position_embedding")(jnp.arange(text_ids.shape[1]))
         layers = scan_layers(PreNormBlock, c.num_layers, remat=c.remat)(
             c.num_heads,
             c.mlp_width,
@@ -92,8 +92,17 @@ class ClipTextTower(nn.Module):
             dtype=self.dtype,
             name="layers",
         )
-        x, _ = layers(x, causal_mask(text_valid))
-        x = layer_norm(c.layer_norm_epsilon, self.dtype, "final_norm")(x)
+        x, _ = layers(x, mask)
+        return layer_norm(c.layer_norm_epsilon, self.dtype, "final_norm")(x)
+
+
+class ClipTextTower(TextTower):
+    """Causal over the text; its feature is that of the last token."""
+
+    def __call__(
+        self, text_ids: Int[Array, "batch text"], text_valid: Bool[Array, "batch text"]
+    ) -> Float[Array, "batch width"]:
+        x = self.hidden(text_ids, causal_mask(text_valid))
         # The last valid token is the end-of-text token, the only one that has seen all others.
         last = text_valid.sum(axis=1) - 1
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -15,6 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxblip.errors import UserError
@@ -50,6 +51,37 @@ def empty_cache(config: Any, batch: int, capacity: int, dtype=jnp.float32) -> Ke
     """A cache for `capacity` positions, of `config.cache_shape`."""
     shape = config.cache_shape(batch, capacity)
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def float32_sums(
+    x: Array, kernel: Array, dimensions: jax.lax.DotDimensionNumbers, precision: Any = None
+) -> Array:
+    """`lax.dot_general` of bfloat16 whose sums stay in float32, in which they are accumulated."""
+    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+@partial(float32_sums.defjvp, symbolic_zeros=True)
+def _float32_sums_jvp(dimensions, precision, factors, tangents):
+    # That of a rounded product. By itself JAX would multiply with a gradient in float32.
+    terms = [
+        jax.lax.dot_general(x, kernel, dimensions, precision)
+        for x, kernel in ((tangents[0], factors[1]), (factors[0], tangents[1]))
+        if not isinstance(x, SymbolicZero) and not isinstance(kernel, SymbolicZero)
+    ]
+    return float32_sums(*factors, dimensions, precision), sum(terms).astype(jnp.float32)
+
+
+class Linear(nn.DenseGeneral):
+    """A linear map that rounds once, behind the bias; `nn.Dense` rounds before it as well."""
+
+    def __post_init__(self):
+        if self.use_bias and self.dtype == jnp.bfloat16:
+            self.dot_general = float32_sums
+        super().__post_init__()
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(self.dtype)
 
 
 class KeyValueProjection(nn.Module):
@@ -117,7 +149,7 @@ class Attention(nn.Module):
             dropout_rate=dropout,
             dropout_rng=self.make_rng("dropout") if dropout else None,
         )
-        out = nn.DenseGeneral(
+        out = Linear(
             x.shape[-1], axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="out"
         )(attended)
         return out, cache
@@ -125,7 +157,7 @@ class Attention(nn.Module):
 
 def to_heads(module: KeyValueProjection | Attention, name: str, use_bias: bool = True):
     """The linear map `[..., width] -> [..., heads, head_width]` of an attention module."""
-    return nn.DenseGeneral(
+    return Linear(
         (module.num_heads, module.head_width),
         use_bias=use_bias,
         kernel_init=module.kernel_init,
@@ -145,7 +177,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         width = x.shape[-1]
-        dense = partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+        dense = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
         x = ACTIVATIONS[self.activation](dense(self.hidden_width, name="up")(x))
         return dense(width, name="down")(x)
 

@@ -35,7 +35,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention
-from jaxblip.models.layers import KeyValues, check_heads, scan_layers
+from jaxblip.models.decoder import DecoderLanguageModel
+from jaxblip.models.layers import KeyValues, Linear, check_heads, scan_layers
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -141,15 +142,10 @@ class LlamaConfig:
         return nn.initializers.normal(self.initializer_range)
 
 
-class LlamaLanguageModel(nn.Module):
-    """Token embeddings in, hidden states out, and the output head.
-
-    The three methods are separate so that soft tokens can stand among the embeddings, and so that
-    logits are computed only where they are needed.
-    """
+class LlamaLanguageModel(DecoderLanguageModel):
+    """A model of the family, its head tied to the word embeddings or not."""
 
     config: LlamaConfig
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c = self.config
@@ -165,38 +161,14 @@ class LlamaLanguageModel(nn.Module):
                 c.vocab_size, use_bias=False, kernel_init=c.kernel_init, dtype=self.dtype
             )
 
-    def embed(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
-        """Word embeddings of `ids`."""
-        return self.token_embedding(ids)
-
-    def __call__(
-        self,
-        embeddings: Float[Array, "batch length width"],
-        positions: Int[Array, "batch length"],
-        mask: Mask,
-        cache: KeyValues | None = None,
-        cache_position: Array | int = 0,
-    ) -> tuple[Float[Array, "batch length width"], KeyValues | None]:
-        """Hidden states after the final norm, and the updated cache.
-
-        Args:
-          positions: 0 for the first token that is no padding (`token_positions`).
-          mask: who sees whom: `[batch, 1, length, length]`, or `[batch, 1, length, capacity]`
-            with a cache. It must be causal; the sliding window is applied to it here.
-          cache: from `empty_cache`; the keys and values of this call are written into it at
-            `cache_position`.
-        """
+    def layer_inputs(self, embeddings, positions, mask):
         if self.config.sliding_window:
             mask = last_visible(mask, self.config.sliding_window)
-        rotation = rotary_tables(self.config, positions)
-        x, cache = self.layers(embeddings.astype(self.dtype), mask, rotation, cache, cache_position)
-        return self.final_norm(x), cache
+        return embeddings, mask, rotary_tables(self.config, positions)
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token."""
-        if self.config.tied_head:
-            return self.token_embedding.attend(hidden)
-        return self.lm_head(hidden)
+        return super().logits(hidden) if self.config.tied_head else self.lm_head(hidden)
 
 
 class LlamaBlock(nn.Module):
@@ -243,7 +215,7 @@ class LlamaAttention(nn.Module):
         """The output, and the cache with this call written into it (None without a cache)."""
         c = self.config
         heads, kv_heads, head_width = c.attention_shape
-        dense = partial(nn.DenseGeneral, kernel_init=c.kernel_init, dtype=self.dtype)
+        dense = partial(Linear, kernel_init=c.kernel_init, dtype=self.dtype)
         to_heads = partial(dense, use_bias=c.qkv_bias)
         query = to_heads((heads, head_width), name="query")(x)
         key = to_heads((kv_heads, head_width), name="key")(x)
@@ -273,7 +245,7 @@ class LlamaFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         c = self.config
-        dense = partial(nn.Dense, use_bias=c.mlp_bias, kernel_init=c.kernel_init, dtype=self.dtype)
+        dense = partial(Linear, use_bias=c.mlp_bias, kernel_init=c.kernel_init, dtype=self.dtype)
         gate = nn.silu(dense(c.mlp_width, name="gate")(x))
         return dense(x.shape[-1], name="down")(gate * dense(c.mlp_width, name="up")(x))
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from jaxblip.models.attention import Mask
-from jaxblip.models.layers import KeyValues, PreNormBlock, check_heads, layer_norm, scan_layers
+from jaxblip.models.decoder import DecoderLanguageModel
+from jaxblip.models.layers import PreNormBlock, check_heads, layer_norm, scan_layers
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 
@@ -43,15 +43,10 @@ class OptConfig:
         return self.num_layers, batch, capacity, self.num_heads, self.width // self.num_heads
 
 
-class OptLanguageModel(nn.Module):
-    """Token embeddings in, hidden states out, and the tied output head.
-
-    The three methods are separate so that soft tokens can stand among the embeddings, and so that
-    logits are computed only where they are needed.
-    """
+class OptLanguageModel(DecoderLanguageModel):
+    """OPT, with the head tied to the word embeddings."""
 
     config: OptConfig
-    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c = self.config
@@ -76,34 +71,8 @@ class OptLanguageModel(nn.Module):
         )
         self.final_norm = layer_norm(c.layer_norm_epsilon, self.dtype)
 
-    def embed(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
-        """Word embeddings of `ids`."""
-        return self.token_embedding(ids)
-
-    def __call__(
-        self,
-        embeddings: Float[Array, "batch length width"],
-        positions: Int[Array, "batch length"],
-        mask: Mask,
-        cache: KeyValues | None = None,
-        cache_position: Array | int = 0,
-    ) -> tuple[Float[Array, "batch length width"], KeyValues | None]:
-        """Hidden states after the final norm, and the updated cache.
-
-        Args:
-          positions: 0 for the first token that is no padding (`token_positions`).
-          mask: who sees whom: `[batch, 1, length, length]`, or `[batch, 1, length, capacity]`
-            with a cache.
-          cache: from `empty_cache`; the keys and values of this call are written into it at
-            `cache_position`.
-        """
-        x = embeddings.astype(self.dtype) + self.position_embedding(positions + POSITION_OFFSET)
-        x, cache = self.layers(x, mask, cache, cache_position)
-        return self.final_norm(x), cache
-
-    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the next token."""
-        return self.token_embedding.attend(hidden)
+    def layer_inputs(self, embeddings, positions, mask):
+        return embeddings + self.position_embedding(positions + POSITION_OFFSET), mask
 
 
 def token_positions(valid: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:

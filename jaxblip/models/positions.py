@@ -17,7 +17,7 @@ METHODS = {
 
 
 def sincos2d_positions(num_patches_side: int, width: int) -> Float[np.ndarray, "patches width"]:
-    """A table of sines and cosines of a patch's column and row ("Attention is all you need" in 2-D).
+    """Sines and cosines of a patch's column and row ("Attention is all you need" in 2-D).
 
     A quarter of the width each: sines of the column, its cosines, sines of the row, its cosines,
     with wavelengths from 2 pi patches to 2 pi sides of the grid: the far longer ones that are usual

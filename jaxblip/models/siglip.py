@@ -14,44 +14,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import padding_mask
-from jaxblip.models.layers import (
-    PreNormBlock,
-    check_activation,
-    check_heads,
-    l2_normalize,
-    layer_norm,
-    scan_layers,
-)
+from jaxblip.models.clip import ClipTextConfig, TextTower
+from jaxblip.models.layers import l2_normalize, layer_norm
 from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipTextConfig:
+class SiglipTextConfig(ClipTextConfig):
     """Size of the text tower; the defaults are those of SigLIP B/16."""
 
     vocab_size: int = 32000
     max_positions: int = 64
     width: int = 768
-    num_layers: int = 12
     num_heads: int = 12
     mlp_width: int = 3072
     activation: str = "gelu_tanh"
     layer_norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
-    remat: bool = False
-
-    def __post_init__(self):
-        check_heads(self)
-        check_activation(self)
 
 
-class SiglipTextTower(nn.Module):
+class SiglipTextTower(TextTower):
     """Transformer over the text in both directions; its feature is that of the last position."""
 
-    config: SiglipTextConfig
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
     def __call__(
         self,
         text_ids: Int[Array, "batch text"],
@@ -65,25 +48,8 @@ class SiglipTextTower(nn.Module):
           text_valid: positions that may be looked at; by default all of them, padding included,
             as the released models were trained.
         """
-        c = self.config
-        init = nn.initializers.normal(c.initializer_range)
-
-        def embed(rows, name):
-            return nn.Embed(rows, c.width, embedding_init=init, dtype=self.dtype, name=name)
-
-        x = embed(c.vocab_size, "token_embedding")(text_ids)
-        x += embed(c.max_positions, "position_embedding")(jnp.arange(text_ids.shape[1]))
-        layers = scan_layers(PreNormBlock, c.num_layers, remat=c.remat)(
-            c.num_heads,
-            c.mlp_width,
-            c.activation,
-            c.layer_norm_epsilon,
-            init,
-            dtype=self.dtype,
-            name="layers",
-        )
-        x, _ = layers(x, None if text_valid is None else padding_mask(text_valid))
-        return layer_norm(c.layer_norm_epsilon, self.dtype, "final_norm")(x[:, -1])
+        mask = None if text_valid is None else padding_mask(text_valid)
+        return self.hidden(text_ids, mask)[:, -1]
 
 
 class Siglip(nn.Module):

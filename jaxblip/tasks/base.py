@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from ml_collections import ConfigDict
 
+from jaxblip.data.images import INTERPOLATIONS, RESIZES
 from jaxblip.errors import UserError
 
 Params = dict[str, Any]
@@ -69,10 +70,15 @@ class Task(abc.ABC):
                     f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
                 )
         data = self.config.data
+        for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
+            if data[field] not in known:
+                raise UserError(
+                    f"data.{field}={data[field]!r} is none of {', '.join(known)}: choose one."
+                )
         if min(data.pixel_std) <= 0:
             raise UserError(
-                f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are divided "
-                "by it: SigLIP has 0.5,0.5,0.5."
+                f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are "
+                "divided by it: SigLIP has 0.5,0.5,0.5."
             )
         for section, model in self.config.model.items():
             of_instruction = section == "qformer" and "max_instruction_tokens" in data

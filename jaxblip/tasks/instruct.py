@@ -28,8 +28,8 @@ class InstructTask(Stage2Task):
             return
         raise UserError(
             f"config.data.max_instruction_tokens={data.max_instruction_tokens} leaves no room for "
-            f"an output in the data.max_text_tokens={data.max_text_tokens} of both: lower the first "
-            "or raise the second."
+            f"an output in the data.max_text_tokens={data.max_text_tokens} of both: lower the "
+            "first or raise the second."
         )
 
     def model_inputs(self, batch):

@@ -15,12 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxblip.config import default_config, overridden_fields
+from jaxblip.config import config_from_dict, default_config, overridden_fields
 from jaxblip.data.inputs import QFORMER_TOKENIZER_FOLDER, TOKENIZER_FOLDER
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.errors import UserError
 from jaxblip.interop.files import REPOSITORY
-from jaxblip.interop.processors import find_image_processing
+from jaxblip.interop.processors import ImageProcessing, find_image_processing
 from jaxblip.interop.published import Published, open_published
 from jaxblip.interop.tokenizer import published_tokenizer
 from jaxblip.models.language_models import LANGUAGE_MODELS
@@ -157,6 +157,9 @@ def _adopt(
             _set(model, name, value, "model", source, overridden)
     if "vision" in sections:
         for name, value in source.pixels.items():
+            # How images become squares is a choice of the training: BLIP-2 squashes them for CLIP.
+            if name == "resize" and (not is_whole or "data.resize" in overridden):
+                continue
             if _set(config.data, name, value, "data", source, overridden):
                 lines.append(f"config.data.{name} is that of {source.name}: {value}.")
     return lines
@@ -249,17 +252,14 @@ def _published(name: str) -> _Source:
     if revision:
         pinned = f"{HUB}{REPOSITORY.fullmatch(name.removeprefix(HUB))['name']}@{revision}"
     processing = find_image_processing(published.weights.folder)
-    pixels = {} if processing is None or "vision" not in published.configs else {
-        "pixel_mean": tuple(map(float, processing.mean)),
-        "pixel_std": tuple(map(float, processing.std)),
-    }  # fmt: skip
+    has_pixels = processing is not None and "vision" in published.configs
     return _Source(
         f"{name!r} ({published.name})",
         pinned,
         published.task,
         published_sections(published),
         published.fields,
-        pixels,
+        processing.data_fields() if has_pixels else {},
         published.name in ("CLIPModel", "CLIPVisionModel"),
         {
             section: partial(tokenizer_or_error, published, folder)
@@ -280,7 +280,7 @@ def _converted(name: str) -> _Source:
         task,
         {section: fields for section, fields in model.items() if isinstance(fields, dict)},
         {field: value for field, value in model.items() if not isinstance(value, dict)},
-        {field: tuple(saved["data"][field]) for field in ("pixel_mean", "pixel_std")},
+        ImageProcessing.of_run(config_from_dict(saved).data).data_fields(),
         task == "clip",
         {
             section: partial(load_tokenizer, str(Path(name) / folder))

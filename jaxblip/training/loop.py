@@ -21,6 +21,7 @@ from jaxblip.training.setup import (
     Setup,
     begin_or_resume,
     compiled_step,
+    files_undone_unless_kept,
     prepare,
     write_description,
 )
@@ -43,9 +44,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     if config.eval.source:
         evaluation = Evaluation(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
     frozen, references = frozen_params(setup.task, mesh)
-    write_description(setup)
 
     with contextlib.ExitStack() as stack:
+        keep_files = stack.enter_context(files_undone_unless_kept(workdir))
+        write_description(setup)
         saved = stack.enter_context(_checkpoints(setup, references))
         state, position = begin_or_resume(setup, saved)
         step = begin = int(state.step)
@@ -75,6 +77,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             state, metrics = train_step(state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             monitor.after_step(step, metrics)
+            keep_files()  # of a start that fails before its first step nothing is left
             last, stopping = step == config.steps, must_stop(step)
             if last or _is_due(step, config.log_every_steps):
                 monitor.log(step, metrics, batches)

@@ -61,7 +61,7 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer without its learning rate: the step multiplies its output by the rate's negative.
+    """The optimizer without its learning rate: the step multiplies what it gives by minus that.
 
     Kept apart, the schedule follows the run's step even where an update was skipped.
     `optimizer.clip_norm` is the largest global gradient norm; 0 switches clipping off.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxblip import sharding
-from jaxblip.config import apply_overrides, config_from_dict
+from jaxblip.config import apply_overrides, config_from_dict, field_names
 from jaxblip.data import inputs
 from jaxblip.errors import UserError
 from jaxblip.interop.load import put_params
@@ -27,6 +27,42 @@ from jaxblip.training.checkpoints import (
 from jaxblip.training.initialize import frozen_params
 from jaxblip.training.piecewise import saved_params
 from jaxblip.training.state import Params
+
+# Fields, and whole sections, of a trained run's config that change what it does. The sizes of the
+# model are those of its weights.
+_OF_GENERATION = (
+    "compute_dtype",
+    "frozen_dtype",
+    "init",  # where frozen parts lie now
+    "mesh",
+    "model.dec_token_id",
+    "model.enc_token_id",
+    "data.prompt",
+    "data.max_words",
+    "data.stop_token",
+    "data.resize",
+    "data.interpolation",
+    "data.pixel_mean",
+    "data.pixel_std",
+    "data.max_image_pixels",
+    "eval.batch_size",
+    "eval.num_beams",
+    "eval.length_penalty",
+    "eval.max_new_tokens",
+    "eval.min_new_tokens",
+)
+READ_AGAIN = {
+    "generation": _OF_GENERATION,
+    "evaluation": (
+        *_OF_GENERATION,
+        "data.max_text_tokens",
+        "data.max_input_tokens",
+        "data.max_instruction_tokens",
+        "eval.source",
+        "eval.max_images",
+        "eval.rerank_top_k",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +95,29 @@ def read_config(workdir: str, step: int | None = None) -> tuple[ConfigDict, int]
     if step is not None and step not in steps:
         raise UserError(f"There is no checkpoint of step {step} in {workdir!r}: it has {steps}.")
     return config_from_dict(json.loads(path.read_text())), steps[-1] if step is None else step
+
+
+def check_overrides(
+    workdir: str, overrides: Sequence[str], step: int | None = None, *, by: str
+) -> None:
+    """Raises UserError for an override of a run's config that has no effect.
+
+    Args:
+      by: what reads the config again, of `READ_AGAIN`.
+    """
+    if not overrides:
+        return
+    config, _ = read_config(workdir, step)
+    apply_overrides(config, overrides)
+    for override in overrides:
+        name = override.removeprefix("config.").partition("=")[0]
+        if not {name, name.partition(".")[0]} & set(READ_AGAIN[by]):
+            known = [field for field in field_names(config) if field in READ_AGAIN[by]]
+            known += [f"{name}.*" for name in ("init", "mesh")]
+            raise UserError(
+                f"--{override} has no effect on the {by} of a trained run: of its config only "
+                f"{', '.join(known)} are read again."
+            )
 
 
 def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = None) -> Run:

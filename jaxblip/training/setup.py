@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,10 +25,22 @@ from jaxblip.training import checkpoints, environment
 from jaxblip.training.adopt import adopt_sources
 from jaxblip.training.checkpoints import Checkpoints
 from jaxblip.training.initialize import abstract_params, initial_trainable
+from jaxblip.training.metrics import EVENTS_FOLDER, METRICS_FILE
 from jaxblip.training.optimizer import learning_rate, make_optimizer
-from jaxblip.training.sources import is_converted
+from jaxblip.training.sources import is_converted, is_published
 from jaxblip.training.state import Params, TrainState
 from jaxblip.training.step import Step, jit_step, make_train_step
+
+# What a run writes into its work directory.
+FILES = (
+    checkpoints.CONFIG_FILE,
+    checkpoints.FOLDER,
+    environment.ENVIRONMENT_FILE,
+    inputs.TOKENIZER_FOLDER,
+    inputs.QFORMER_TOKENIZER_FOLDER,
+    METRICS_FILE,
+    EVENTS_FOLDER,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +69,17 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
             f"{workdir!r} was written by `jaxblip convert` and has no state of a training to go on "
             f"with: name it in --config.init.all, and another --workdir."
         )
+    _check_writable(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.optimizer.accumulation_steps)
     schedule, optimizer = learning_rate(config), make_optimizer(config)
+    adopts_sizes = any(is_published(name) or is_converted(name) for name in config.init.values())
+    if not adopts_sizes:
+        _check_model(config)
     source = inputs.open_train_source(config)
     adopted = adopt_sources(config)
+    if adopts_sizes:  # they are known only now, after a download perhaps
+        _check_model(adopted.config)
     tokenizer = inputs.run_tokenizer(adopted.config, workdir, source, adopted.tokenizer)
     qformer_tokenizer = inputs.run_qformer_tokenizer(
         adopted.config, workdir, source, adopted.qformer_tokenizer
@@ -64,12 +87,25 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     config = inputs.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
-    abstract_params(task)  # shapes that do not fit each other, frozen parts that do not exist
     if jax.process_index() == 0:
         for line in adopted.lines:
             print(line)
     tokenizers = tokenizer, qformer_tokenizer
     return Setup(config, workdir, mesh, source, *tokenizers, task, schedule, optimizer)
+
+
+def _check_writable(workdir: str) -> None:
+    existing = next(path for path in (Path(workdir), *Path(workdir).parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"The work directory {workdir!r} cannot be written: {str(existing)!r} is "
+            f"{'read-only' if existing.is_dir() else 'no folder'}; choose another --workdir."
+        )
+
+
+def _check_model(config: ConfigDict) -> None:
+    """Raises UserError for shapes that do not fit each other and frozen parts that do not exist."""
+    abstract_params(make_task(inputs.with_some_vocabulary(config)))
 
 
 def write_description(setup: Setup) -> None:
@@ -78,6 +114,28 @@ def write_description(setup: Setup) -> None:
         checkpoints.save_config(setup.workdir, setup.config.to_dict())
         environment.save_environment(setup.workdir)
         inputs.save_tokenizers(setup.tokenizer, setup.qformer_tokenizer, setup.workdir)
+
+
+@contextlib.contextmanager
+def files_undone_unless_kept(workdir: str) -> Iterator[Callable[[], None]]:
+    """Removes what a run has written if it ends in an error before the function yielded is called.
+
+    A tokenizer that was left behind would be taken for that of the next start. What was there
+    before stays, and so does what is no file of a run.
+    """
+    folder, kept = Path(workdir), []
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    written = [folder / name for name in FILES if not (folder / name).exists()]
+    try:
+        yield lambda: kept.append(True)
+    except BaseException:
+        if not kept and jax.process_index() == 0:
+            for path in filter(Path.exists, written):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with contextlib.suppress(OSError):  # not empty: somebody else's
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 def begin_or_resume(setup: Setup, saved: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:

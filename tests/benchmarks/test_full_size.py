@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_all_phases(dtype, tmp_path):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     output = subprocess.run(
         [
             sys.executable,
@@ -22,7 +23,7 @@ def test_all_phases(dtype, tmp_path):
             f"--dtype={dtype}",
             f"--folder={tmp_path}",
         ],
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

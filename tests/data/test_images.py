@@ -225,12 +225,33 @@ def test_eval_resize_is_antialiased():
     assert abs(images.resize_square(pixels, 24) - expected.clip(0, 255)).max() <= 1.5
 
 
-def test_random_crop_is_crop_then_resize():
-    pixels = photo(60, 80)
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((60, 24), (18, 42, 0, 24)), ((24, 61), (0, 24, 18, 42)), ((24, 24), (0, 24, 0, 24))],
+)
+def test_the_shortest_edge_keeps_the_aspect_and_the_centre(shape, kept):
+    pixels, (top, bottom, left, right) = photo(*shape), kept
+    cut = images.resize_square(pixels, 24, "shortest_edge")  # its shorter side is that long already
+    np.testing.assert_array_equal(cut, pixels[top:bottom, left:right])
+
+
+def test_of_a_ribbon_only_the_middle_is_resized():
+    """All of it would take 13 GB."""
+    ribbon = np.zeros((1, 8_000_000, 3), np.uint8)
+    ribbon[:, 3_999_950:4_000_050] = middle = photo(1, 100)
+    cut = images.resize_square(ribbon, 24, "shortest_edge")
+    expected = images.resize_square(middle, 24, "shortest_edge")
+    np.testing.assert_array_equal(cut, expected)
+
+
+@pytest.mark.parametrize("interpolation", images.INTERPOLATIONS)
+def test_random_crop_is_crop_then_resize(interpolation):
+    pixels, scale, aspect = photo(60, 80), (0.5, 1.0), (3 / 4, 4 / 3)
     for seed in range(5):
-        out = images.random_resized_crop(pixels, np.random.default_rng(seed), 24)
-        box = images.crop_box(60, 80, np.random.default_rng(seed), (0.5, 1.0), (3 / 4, 4 / 3))
-        expected = Image.fromarray(pixels).crop(box).resize((24, 24), Image.Resampling.BICUBIC)
+        rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
+        out = images.random_resized_crop(pixels, rng, 24, scale, aspect, interpolation)
+        crop = Image.fromarray(pixels).crop(images.crop_box(60, 80, again, scale, aspect))
+        expected = crop.resize((24, 24), Image.Resampling[interpolation.upper()])
         np.testing.assert_array_equal(out, np.asarray(expected))
 
 

@@ -16,7 +16,7 @@ from jaxblip.data import inputs
 from jaxblip.data.pipeline import Preprocess, TrainBatches, input_tokens
 from jaxblip.data.shapes import ShapesSource
 from jaxblip.data.tokenizers import save_tokenizer, train_wordpiece
-from jaxblip.errors import UserError
+from jaxblip.errors import RunStopped, UserError
 from jaxblip.tasks import make_task
 
 SOURCE = ShapesSource("train", 24, size=40)
@@ -196,7 +196,7 @@ def test_what_is_not_divided_is_drawn_as_before(tokenizer):
 ASKED = [
     {"question": "What Is It?", "answers": ["A Cat.", "A Cat."]},
     {"instruction": "Say: what is left of the red circle", "output": "It."},
-]
+] * 10  # as many as a batch
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +266,19 @@ def test_a_source_without_instructions_is_refused(asked):
         inputs.open_train_source(config)
     config = make_config("instruct", "opt", train="shapes:train", prompt="What is there?")
     inputs.open_train_source(config)  # one instruction for all
+
+
+def test_fewer_examples_than_a_batch_are_no_training_set(asked):
+    config = make_config("stage2", "opt", train=asked)
+    config.eval.source = asked
+    assert len(inputs.open_train_source(config)) == config.batch_size == 20
+    config.batch_size = 21
+    with pytest.raises(UserError) as error:
+        inputs.open_train_source(config)
+    assert f"{asked} has 20 examples, fewer than batch_size=21" in str(error.value)
+    assert "set --config.batch_size to 20 or less" in str(error.value)
+    with pytest.raises(RunStopped, match="missing image 20"):  # that is all: there is no picture
+        inputs.read_eval_set(config)
 
 
 def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):

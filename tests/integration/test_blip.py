@@ -200,7 +200,7 @@ def questions_file(folder: Path) -> str:
         for line in lines[-2:]:
             line["image"] = f"{name}.png"
     file = folder / "questions.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines * 2))  # for a batch of 8
     return str(file)
 
 

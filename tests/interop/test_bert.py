@@ -12,6 +12,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 from reference import randomized
+from tiny_checkpoints import shapes_of
 from tiny_tasks import fast_jit
 
 from jaxblip.errors import UserError
@@ -37,16 +38,12 @@ def saved(folder, name="BertModel"):
     return model
 
 
-def shapes_of(config):
-    model = QFormer(config)
-
+def qformer_shapes(config):
     def run(module, features, ids):
         return module(module.read_image(features), ids if config.has_text else None)
 
     inputs = jnp.zeros((1, 3, VISION_WIDTH)), jnp.zeros((1, 2), int)
-    return jax.eval_shape(lambda key: model.init(key, *inputs, method=run), jax.random.key(0))[
-        "params"
-    ]
+    return shapes_of(QFormer(config), *inputs, method=run)
 
 
 def split(layout, shapes):
@@ -60,14 +57,14 @@ def split(layout, shapes):
 def start(folder, config):
     weights = bert_weights(open_weights(folder), config.vocab_size)
     layout = bert_qformer_layout(config)
-    held, new = split(layout, shapes_of(config))
+    held, new = split(layout, qformer_shapes(config))
     shardings = tree_shardings(held, make_mesh({"data": 1}, jax.devices()[:1]))
     return load_params(weights, layout, held, shardings)["qformer"], new
 
 
 def hidden_states(config, params, ids, valid):
     """Of the text alone: no image, no queries."""
-    rest = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes_of(config))
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape), qformer_shapes(config))
     flat = flatten_dict(rest) | flatten_dict(params)
     run = fast_jit(QFormer(config).apply)
     variables = {"params": unflatten_dict(flat)}

@@ -118,6 +118,7 @@ def test_bfloat16_there_and_back_is_bit_exact(name, root, tmp_path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_config_there_and_back(name, root):
     hf = config_of(saved(name, root))
+    hf["text_config"] |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
     model, _, _ = ours(name, hf)
     written = FAMILY[name][2](model, **TEXT_FIELDS)
     assert ours(name, written)[0] == model

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from published_folders import INSTRUCTBLIP, MEAN, STD, pixels, publish, random_model, tokenizer_of
 from reference_blip import (
     ANSWERING,
@@ -26,9 +27,13 @@ from reference_blip import (
 from reference_blip import CLASSES as BLIP
 from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, read_all, same_bits, shapes_of
 from tiny_tasks import fast_jit
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import jaxblip
 from jaxblip.cli import main
 from jaxblip.config import default_config
+from jaxblip.data.inputs import read_eval_set
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.interop.families.blip2 import lavis_stage1_layout
@@ -283,6 +288,46 @@ def test_clip(tmp_path):
     assert again.config.text_config.eos_token_id == 12
 
 
+PROCESSORS = {
+    "CLIPModel": CLIPImageProcessorPil(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_mean=MEAN,
+        image_std=STD,
+    ),
+    CAPTIONING: BlipImageProcessorPil(size={"height": 8, "width": 8}, resample=2),  # bilinear
+}  # fmt: skip
+SIZES = [(31, 17), (17, 31), (8, 8), (5, 3), (3, 5), (9, 64), (640, 480)]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_converted_run_sees_images_as_its_processor_makes_them(name, tmp_path):
+    reference, processor = publish(tmp_path / "hf", name), PROCESSORS[name]
+    processor.save_pretrained(tmp_path / "hf")
+    files = [str(tmp_path / f"{width}x{height}.png") for width, height in SIZES]
+    for file, size in zip(files, SIZES, strict=True):
+        coarse = Image.fromarray(RNG.integers(0, 256, (4, 5, 3), np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(file)
+    lines = [{"image": file, "caption": "w1"} for file in files]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pictures = [Image.open(file) for file in files]
+    expected = processor(pictures, return_tensors="pt")["pixel_values"]
+
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    source = f"config.eval.source={tmp_path / 'lines.jsonl'}"
+    model = jaxblip.load(tmp_path / "run", overrides=[*MESH, source])
+    seen = read_eval_set(model.task.config).images  # by `jaxblip evaluate`
+    np.testing.assert_array_equal(model._pixels(files), seen)  # by `jaxblip generate`
+    pixels = model.task.normalize_images(seen).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-5)
+    if name == "CLIPModel":
+        with torch.no_grad():
+            features = reference.get_image_features(expected).pooler_output
+        assert_close(model.embed_images(files), torch.nn.functional.normalize(features, dim=-1))
+
+    convert(str(tmp_path / "run"), str(tmp_path / "again"))
+    again = type(processor).from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(pictures, return_tensors="pt")["pixel_values"], expected)
+
+
 def test_t5(tmp_path):
     reference = publish(tmp_path / "hf", "T5ForConditionalGeneration")
     convert(str(tmp_path / "hf"), str(tmp_path / "run"))
@@ -461,7 +506,7 @@ def test_errors(tmp_path, capfd):
     assert "CLIPModel, CLIPVisionModel" in message
 
     message = failing(tmp_path, {"from": "hf:no/such-model"} | target, capfd)
-    assert "'no/such-model' could not be read" in message and "without network" in message
+    assert "no Hugging Face repository of that name" in message and "'no/such-model'" in message
     torch.save({"model": {"a": torch.zeros(2)}, "args": main}, tmp_path / "code.pth")
     message = failing(tmp_path, {"from": tmp_path / "code.pth"} | target, capfd)
     assert "would run code" in message and message.count("\n") == 1

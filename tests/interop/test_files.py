@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+import types
 
 import ml_dtypes
 import numpy as np
@@ -70,8 +71,32 @@ def test_repository_from_the_cache(tmp_path, monkeypatch):
         weights = open_weights(source)
         assert weights.revision == "0123abcd" and weights.source == source
         assert_same_as_library(weights, repository / "snapshots" / "0123abcd")
-    with pytest.raises(UserError, match=r"'someone/else' could not be read.*Correct the name"):
+    # Without network, as here, or with a cache that lacks it.
+    with pytest.raises(UserError) as error:
+        open_weights("nothing")
+    assert str(error.value) == (
+        "There is no folder or file 'nothing', and no Hugging Face repository of that name in the "
+        "cache, and the hub was not reached: correct the path or the name, or fetch it where there "
+        "is network."
+    )
+
+
+@pytest.mark.parametrize("wrong", ["name", "connection"])
+def test_a_repository_that_cannot_be_read(wrong, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fail(name, **kwargs):
+        if wrong == "connection":
+            raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known")
+        response = types.SimpleNamespace(headers={}, request=None)
+        raise RepositoryNotFoundError("404 Client Error.", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError) as error:
         open_weights("someone/else")
+    assert "'someone/else', and no Hugging Face repository of that name" in str(error.value)
+    assert "Error" not in str(error.value)
+    assert ("log in" if wrong == "name" else "where there is network") in str(error.value)
 
 
 def test_only_weights_configs_and_tokenizers_are_fetched(tmp_path, monkeypatch):
@@ -89,7 +114,8 @@ def test_only_weights_configs_and_tokenizers_are_fetched(tmp_path, monkeypatch):
     repository = [
         "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
         "tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja",
-        "qformer_tokenizer/tokenizer_config.json", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "onnx/config.json",
+        "qformer_tokenizer/tokenizer_config.json", "pytorch_model.bin",
+        "consolidated.safetensors", "onnx/model.onnx", "onnx/config.json",
         "flax_model.msgpack", "modeling_custom.py", "README.md",
     ]  # fmt: skip
     patterns = {key: calls[key] for key in ("allow_patterns", "ignore_patterns")}

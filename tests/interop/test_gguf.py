@@ -266,15 +266,20 @@ def test_files_that_are_no_model_are_named(tmp_path, monkeypatch):
         open_weights(tmp_path / "tiny.gguf")
 
 
-def test_the_tokenizer_of_the_file(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "smollm"])
+def test_the_tokenizer_of_the_file(kind, tmp_path, monkeypatch):
     texts = ["a cat sat\n\n1. on the mat  22 times", "the cat's hat,   3 of them"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if kind == "llama":  # of sentencepiece
+        special = ["<unk>", "<s>", "</s>"]
+        bpe, alphabet = Tokenizer(models.BPE(unk_token=special[0], byte_fallback=True)), []
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        bpe, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
         texts * 9,
         trainers.BpeTrainer(
@@ -285,19 +290,40 @@ def test_the_tokenizer_of_the_file(tmp_path):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
 
     def add(writer):
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_model("llama" if kind == "llama" else "gpt2")
+        writer.add_tokenizer_pre(kind)
         writer.add_token_list(tokens)
         writer.add_token_types([3 if token in special else 1 for token in tokens])
-        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-        writer.add_add_bos_token(False)
+        if kind == "llama":  # it has no list of merges, and says nothing of its first token
+            writer.add_token_scores([-float(place) for place in range(len(tokens))])
+        else:
+            writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+            writer.add_add_bos_token(False)
 
     file = write(tmp_path / "tiny.gguf", random_llama("llama"), extra=add)
-    tokenizer = gguf_tokenizer(file)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)  # users have none
+        patch.delitem(sys.modules, "transformers.integrations.gguf.reader", raising=False)
+        tokenizer = gguf_tokenizer(file)
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for text in (*texts, "<|im_start|>user\n\n\n7<|im_end|>\n"):
-        ids = bpe.encode(text).ids
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    for text in (*texts, f"{special[1]}user\n\n\n7{special[2]}\n", "  é"):
+        ids = reference(text)["input_ids"]
+        if kind == "smollm":  # transformers leaves GPT-2's splitting
+            ids = bpe.encode(text).ids
+            assert saved.decode(ids, skip_special_tokens=False) == bpe.decode(ids, False)
         assert tokenizer(text)["input_ids"] == saved(text)["input_ids"] == ids
-        assert saved.decode(ids, skip_special_tokens=False) == bpe.decode(ids, False)
+    assert (saved("a")["input_ids"][0] == 2) == (kind == "llama")
     assert saved.bos_token == saved.eos_token == tokens[2]
+    assert saved.unk_token is None and saved.pad_token is None
+
+
+def test_a_tokenizer_that_transformers_does_not_know(tmp_path):
+    def add(writer):
+        writer.add_tokenizer_model("rwkv")
+        writer.add_token_list(["a", "b", "c"])
+
+    file = write(tmp_path / "tiny.gguf", random_llama("llama"), extra=add)
+    with pytest.raises(UserError, match="makes no tokenizer of .*rwkv.*: update transformers, or"):
+        gguf_tokenizer(file)

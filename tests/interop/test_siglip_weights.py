@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from jaxblip.errors import UserError
 from jaxblip.interop.families import clip, siglip
 from jaxblip.interop.families.vision import vit_config
 from jaxblip.interop.files import TensorInfo, Weights, open_weights
 from jaxblip.interop.load import check
+from jaxblip.interop.processors import find_image_processing
+from jaxblip.interop.published import open_published
 from jaxblip.models.layers import layer_norm
 from jaxblip.models.vit import AttentionPooling, VisionTransformer
 from reference import randomized
@@ -135,6 +140,50 @@ def test_the_image_tower_of_a_whole_checkpoint(tmp_path):
     np.testing.assert_array_equal(params["vision"]["position_embedding"], table)
 
 
+# SigLIP 2
+
+
+def test_the_image_tower_of_siglip2_at_fixed_resolution(tmp_path):
+    """Its checkpoints are of SigLIP's class, with more words, another filter, and crooked sizes."""
+    vision, text = VISION | dict(image_size=10), dict(vocab_size=40, max_position_embeddings=9)
+    config = transformers.SiglipConfig(vision_config=vision, text_config=TEXT | text)
+    reference = randomized(transformers.SiglipModel(config), scale=0.2)
+    folder = save(reference, tmp_path)
+    SiglipImageProcessorPil(size={"height": 10, "width": 10}, resample=2).save_pretrained(folder)
+    processing = find_image_processing(folder)
+    assert (processing.size_px, processing.interpolation) == (10, "bilinear")
+    published = open_published(folder)
+    assert (published.name, published.task) == ("SiglipModel", "")
+    assert list(published.configs) == ["vision"]
+    shapes = siglip_shapes(siglip.siglip_model(config_of(folder)))
+    shapes = {part: shapes[part] for part in ("vision", "vision_norm", "image_pooling")}
+    stored = published.stored(shapes)
+    params = jax.tree.map(lambda leaf: leaf[()], stored)
+    images = np.random.default_rng(0).normal(size=(2, 10, 10, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = reference.vision_model(torch.tensor(images.transpose(0, 3, 1, 2).copy()))
+    tokens, pooled = encode(published.configs["vision"], params, images)
+    assert_close(tokens, expected.last_hidden_state)
+    assert_close(pooled, expected.pooler_output)
+
+
+@pytest.mark.parametrize("name", ["Siglip2VisionModel", "Siglip2Model"])
+def test_siglip2_of_any_aspect_is_refused(name, tmp_path):
+    vision = VISION | dict(num_patches=4)
+    del vision["image_size"]
+    if name == "Siglip2Model":
+        config = transformers.Siglip2Config(vision_config=vision, text_config=TEXT)
+    else:
+        config = transformers.Siglip2VisionConfig(**vision)
+    folder = save(getattr(transformers, name)(config), tmp_path)
+    fields = config_of(folder)
+    for remain in ({"architectures": fields["architectures"]}, {}):  # as GGUF, without a class
+        written = {key: value for key, value in fields.items() if key != "architectures"} | remain
+        (folder / "config.json").write_text(json.dumps(written))
+        with pytest.raises(UserError, match=f"is a {name}, the NaFlex form.*fixed resolution"):
+            open_published(folder)
+
+
 # An image encoder alone
 
 ENCODERS = {
@@ -149,10 +198,10 @@ def encoder_output(reference):
 
 
 @fast_jit(static_argnums=0)
-def encode(config, params):
+def encode(config, params, images=IMAGES):
     """Tokens, and what is pooled of them."""
     norm = layer_norm(config.layer_norm_epsilon, jnp.float32)
-    tokens = VisionTransformer(config).apply({"params": params["vision"]}, IMAGES)
+    tokens = VisionTransformer(config).apply({"params": params["vision"]}, images)
     normed = norm.apply({"params": params["vision_norm"]}, tokens)
     if "image_pooling" not in params:
         return tokens, normed[:, 0]

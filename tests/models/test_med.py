@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxblip.models.layers import empty_cache
 from jaxblip.models.med import MedConfig, MedDecoder
 from reference import randomized
 from reference_blip import TEXT, VOCAB, as_tree, random_texts
+from tiny_checkpoints import shapes_of
 from tiny_tasks import fast_jit
 
 ROWS, TOKENS, WIDTH, SOURCE_WIDTH = 3, 5, 16, 20
@@ -51,9 +53,9 @@ def run_all(module, ids, mask, source, source_valid, positions=None):
 @functools.cache
 def params():
     inputs = IDS, MASKS["decoder"], SOURCE, None
-    shapes = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), *inputs, method=run_all))
+    shapes = shapes_of(MODEL, *inputs, method=run_all)
     arrays = {key: tensor.numpy() for key, tensor in reference().state_dict().items()}
-    return as_tree(Layout(med_decoder_entries(CONFIG)), arrays, shapes["params"])
+    return as_tree(Layout(med_decoder_entries(CONFIG)), arrays, shapes)
 
 
 def forward(params, *inputs):
@@ -182,6 +184,23 @@ def test_dropout_is_active_exactly_with_a_key():
     assert np.abs(dropped[0] - dropped[1]).max() > 0.1
 
 
+def test_embeddings_are_dropped_too():
+    """Seen where the blocks add nothing, so that nothing shows of their own dropout."""
+    model = MedDecoder(dataclasses.replace(CONFIG, hidden_dropout=0.5))
+
+    def silenced(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf * 0 if re.search("(out|down)/", name) else leaf
+
+    @fast_jit
+    def hidden(rngs):
+        variables = {"params": jax.tree.map_with_path(silenced, params())}
+        inputs = IDS, MASKS["decoder"], SOURCE, None
+        return model.apply(variables, *inputs, method=run_all, rngs=rngs)[0]
+
+    assert np.abs(hidden({"dropout": jax.random.key(0)}) - hidden(None)).max() > 0.1
+
+
 def test_every_parameter_has_its_place_on_the_mesh():
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     specs = jax.tree.map(lambda x: x.spec, sharding.tree_shardings(params(), mesh))
@@ -193,12 +212,8 @@ def test_every_parameter_has_its_place_on_the_mesh():
 
 def test_defaults_are_bert_base_with_a_cross_attention_in_every_block():
     config = MedConfig()
-    shapes = jax.eval_shape(
-        lambda: MedDecoder(config).init(
-            jax.random.key(0), IDS, MASKS["decoder"], jnp.zeros((ROWS, 1, 768)), None,
-            method=run_all,
-        )
-    )["params"]  # fmt: skip
+    inputs = IDS, MASKS["decoder"], jnp.zeros((ROWS, 1, 768)), None
+    shapes = shapes_of(MedDecoder(config), *inputs, method=run_all)
     sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()}
     attention, norm = 4 * (768 * 768 + 768), 2 * 768
     mlp = 2 * 768 * 3072 + 3072 + 768

@@ -1,4 +1,4 @@
-"""Position tables as sines by their formula, and of another size against PyTorch's and transformers' interpolation."""
+"""Position tables as sines by their formula, and of another size against both references."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from reference import opt_params, random_opt
 from reference_llama import llama_params, random_llama
 from reference_t5 import random_t5, t5_params
+from tiny_checkpoints import shapes_of
 from tiny_tasks import fast_jit
 
 from jaxblip.losses.language_modeling import token_cross_entropy
@@ -77,7 +78,7 @@ def made(name):
     make, convert, config = MODELS[name]
     reference = make()
     model = Blip2Stage2(VISION, QFORMER, config)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs(config)))["params"]
+    shapes = shapes_of(model, *inputs(config))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     own = jax.tree.map(np.asarray, convert(reference))
@@ -194,13 +195,9 @@ WITH_TEXT = QFormerConfig(
 def instructed():
     model = Blip2Stage2(VISION, WITH_TEXT, t5_config())
     instruction = dict(instruction_ids=INSTRUCTION_IDS, instruction_valid=INSTRUCTION_VALID)
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), *inputs(t5_config()), **instruction)
-    )
+    shapes = shapes_of(model, *inputs(t5_config()), **instruction)
     rng = np.random.default_rng(2)
-    return model, jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes["params"]
-    )
+    return model, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 @fast_jit
@@ -274,11 +271,7 @@ def test_trainable_parameters_of_instructblip(language_model, millions):
     model = Blip2Stage2(vision, QFormerConfig(), language_model)
     ids, valid = jnp.zeros((1, 2), int), jnp.ones((1, 2), bool)
     texts = (ids, valid) * (2 if language_model.is_encoder_decoder else 1)
-    shapes = jax.eval_shape(
-        lambda: model.init(
-            jax.random.key(0), jnp.zeros((1, 224, 224, 3)), *texts, instruction_ids=ids
-        )
-    )["params"]
+    shapes = shapes_of(model, jnp.zeros((1, 224, 224, 3)), *texts, instruction_ids=ids)
     trained = {name: shapes[name] for name in ("vision_norm", "qformer", "projection")}
     count = sum(leaf.size for leaf in jax.tree.leaves(trained))
     assert round(count / 1e6, 2) == millions

@@ -22,7 +22,7 @@ from jaxblip.models.attention import causal_mask
 from jaxblip.models.layers import empty_cache
 from jaxblip.models.t5 import T5Config, T5LanguageModel, position_buckets, shift_right
 from jaxblip.sharding import make_mesh, tree_shardings
-from reference_t5 import VARIANTS, random_t5, t5_params, with_own_head
+from reference_t5 import VARIANTS, random_t5, t5_params, t5_shapes, with_own_head
 
 BATCH, INPUT, LENGTH, WIDTH = 3, 7, 6, 16
 INPUT_LENGTHS, LENGTHS = np.array([7, 3, 5]), np.array([4, 6, 2])
@@ -214,25 +214,12 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers():
     assert error(logits.astype(jnp.float32)) < 1.5 * error(reference.float().numpy())
 
 
-def abstract_params(config: T5Config):
-    valid = jnp.ones((1, 2), bool)
-    embeddings = jnp.zeros((1, 2, config.width))
-    return jax.eval_shape(
-        lambda key: T5LanguageModel(config).init(
-            key, embeddings, valid, embeddings, causal_mask(valid)
-        )["params"],
-        jax.random.key(0),
-    )
-
-
 @pytest.mark.parametrize(
     "width, heads, mlp_width, millions", [(2048, 32, 5120, 2849.757), (4096, 64, 10240, 11135.332)]
 )
 def test_parameter_counts_of_flan_t5_xl_and_xxl(width, heads, mlp_width, millions):
     sizes = dict(num_layers=24, num_heads=heads)
-    shapes = abstract_params(
-        T5Config(width=width, num_decoder_layers=24, mlp_width=mlp_width, **sizes)
-    )
+    shapes = t5_shapes(T5Config(width=width, num_decoder_layers=24, mlp_width=mlp_width, **sizes))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     config = transformers.T5Config(d_model=width, d_ff=mlp_width, **sizes, **VARIANTS["flan_t5"])
     with torch.device("meta"):
@@ -244,7 +231,7 @@ def test_parameter_counts_of_flan_t5_xl_and_xxl(width, heads, mlp_width, million
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_initialization_makes_the_parameters_of_the_weights(variant):
     reference = random_t5(variant)
-    shapes = abstract_params(t5_config(reference.config.to_dict()))
+    shapes = t5_shapes(t5_config(reference.config.to_dict()))
     expected = jax.tree.map(np.shape, t5_params(reference))
     assert jax.tree.map(jnp.shape, shapes) == expected
 
@@ -275,7 +262,7 @@ def test_initial_scales():
 
 def test_every_parameter_has_a_place_on_a_mesh():
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
-    shapes = abstract_params(T5Config())
+    shapes = t5_shapes(T5Config())
     specs = jax.tree.map(lambda x: x.spec, tree_shardings(shapes, mesh))
     layers = specs["decoder"]["layers"]
     assert specs["encoder"]["relative_position_bias"] == P(None, "tensor")

@@ -22,6 +22,7 @@ from jaxblip.models.vit import AttentionPooling, VisionTransformer, VitConfig
 from jaxblip.sharding import make_mesh, parameter_spec
 from reference import Weights, clip_vit_params, eva_vit_params, randomized
 from reference_vision import blip_vit_params, gradients, siglip_pooling_params, siglip_vit_params
+from tiny_checkpoints import shapes_of
 
 WIDTH, DEPTH, SIDE = 16, 2, 12
 SIZES = {
@@ -250,9 +251,7 @@ CLIP_L = {
 
 def count(config: VitConfig) -> int:
     side = config.image_size_px
-    shapes = jax.eval_shape(
-        VisionTransformer(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3))
-    )
+    shapes = shapes_of(VisionTransformer(config), jnp.zeros((1, side, side, 3)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -279,7 +278,7 @@ def test_every_parameter_has_a_sharding_rule(name):
             tokens = VisionTransformer(config, name="vision")(images)
             return AttentionPooling(config, name="image_pooling")(tokens)
 
-    params = jax.eval_shape(Both().init, jax.random.key(0), images())["params"]
+    params = shapes_of(Both(), images())
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     for path, leaf in jax.tree.leaves_with_path(params):
         parameter_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
@@ -289,7 +288,7 @@ def test_every_parameter_has_a_sharding_rule(name):
 def test_positions_may_start_as_sines(has_cls_token):
     config = dataclasses.replace(CONFIG, position_init="sincos2d", has_cls_token=has_cls_token)
     images = jnp.zeros((1, config.image_size_px, config.image_size_px, 3))
-    params = VisionTransformer(config).init(jax.random.key(0), images)["params"]
+    params = jax.jit(VisionTransformer(config).init)(jax.random.key(0), images)["params"]
     table = params["position_embedding"]
     side = config.image_size_px // config.patch_size_px
     np.testing.assert_array_equal(table[has_cls_token:], sincos2d_positions(side, config.width))

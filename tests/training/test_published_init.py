@@ -28,6 +28,7 @@ from jaxblip.config import apply_overrides, default_config
 from jaxblip.data import inputs
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
+from jaxblip.interop.processors import ImageProcessing
 from jaxblip.models.vit import VisionTransformer
 from jaxblip.tasks import make_task
 from jaxblip.training import initialize
@@ -286,6 +287,24 @@ def test_blip_takes_of_clip_the_image_encoder_alone(source, tmp_path):
     for part, tree in params.items():
         same = jax.tree.map(np.array_equal, tree, random[part])
         assert all(jax.tree.leaves(same)) == (part != "vision"), part
+
+
+@pytest.mark.parametrize("source", ["hf", "run"])
+def test_how_images_become_squares_goes_with_the_whole_model(source, tmp_path):
+    """BLIP-2 squashes the images of CLIP's encoder; a filter is the encoder's own."""
+    publish(tmp_path / "hf", "CLIPModel")
+    processing = ImageProcessing(8, "shortest_edge", "bilinear").to_hf()
+    (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(processing))
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+
+    def adopted(task, *overrides, **init):
+        data = adopt_sources(make_config(task, overrides, **init)).config.data
+        return data.resize, data.interpolation
+
+    squash = "config.data.resize=squash"
+    assert adopted("clip", all=tmp_path / source) == ("shortest_edge", "bilinear")
+    assert adopted("clip", squash, all=tmp_path / source) == ("squash", "bilinear")
+    assert adopted("stage1", vision=tmp_path / source) == ("squash", "bilinear")
 
 
 def test_stage1_from_stage1(tmp_path, capfd):

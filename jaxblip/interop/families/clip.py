@@ -26,12 +26,11 @@ from jaxblip.interop.families.vision import (
     vit_config,
 )
 from jaxblip.models.clip import Clip, ClipTextConfig
-from jaxblip.models.siglip import SiglipTextConfig
 from jaxblip.models.vit import VitConfig
 
 VISION_TYPE = "clip_vision_model"
 
-TextConfig = TypeVar("TextConfig", ClipTextConfig, SiglipTextConfig)
+TextConfig = TypeVar("TextConfig", bound=ClipTextConfig)
 
 
 def clip_layout(model: Clip) -> Layout:
@@ -60,9 +59,9 @@ def clip_vision_layout(config: VitConfig) -> Layout:
 
 
 def clip_text_entries(
-    config: ClipTextConfig | SiglipTextConfig, theirs: str = "", ours: str = "text/"
+    config: ClipTextConfig, theirs: str = "", ours: str = "text/"
 ) -> Entries:
-    """The parameters of `ClipTextTower` and `SiglipTextTower`: `CLIPTextModel`."""
+    """The parameters of a `TextTower`: `CLIPTextModel`, `SiglipTextModel`."""
     return (
         *embedding(f"{theirs}embeddings.token_embedding", f"{ours}token_embedding"),
         *embedding(f"{theirs}embeddings.position_embedding", f"{ours}position_embedding"),
@@ -117,7 +116,7 @@ def text_tower(kind: type[TextConfig], name: str, fields: Mapping[str, Any]) -> 
     )
 
 
-def hf_text_tower(text: ClipTextConfig | SiglipTextConfig) -> dict[str, Any]:
+def hf_text_tower(text: ClipTextConfig) -> dict[str, Any]:
     """The fields of a `text_config` of which `text_tower` makes `text` again."""
     return {
         "vocab_size": text.vocab_size,
