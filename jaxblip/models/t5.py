@@ -95,7 +95,7 @@ class T5Config:
             )
 
     def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int, int]:
-        """Shape of the decoder's cached keys, or values: (layers, batch, capacity, heads, width)."""
+        """Shape of the decoder's cached keys or values, (layers, batch, capacity, heads, width)."""
         return self.num_decoder_layers, batch, capacity, self.num_heads, self.head_width
 
 
