@@ -21,6 +21,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "pyarrow",
+        "fsspec",
         "transformers>=5",
         "tokenizers",
         "huggingface_hub",

@@ -91,6 +91,16 @@ has skin-tone and gender variants whose base picture and whose tone each occur i
 Needs: pip install 'jaxblip[openmoji]'
 """
 
+INSPECT = """\
+Reads a source as a training would, and prints what is in it: counts, ten examples, lengths of texts
+and sizes of images in percentiles, and every problem that it met. SOURCE is what config.data.train
+may be, see docs/data.md.
+
+Examples:
+  jaxblip data inspect pairs.jsonl --sheet=pairs.png
+  jaxblip data inspect table.csv --image-folder=pictures --field=image=file --field=captions=title
+"""
+
 DEMO = """\
 Trains a small BLIP-2 from nothing on a procedural data set, on the CPU, in four runs (image
 encoder, language model, stage 1, stage 2), evaluates it on compositions that it has never seen,
@@ -196,11 +206,20 @@ def _parser() -> tuple[
     )
     verb.add_argument("--step", type=int, help="checkpoint of a run; by default the latest")
 
-    verb = add("data", None, "make data sets", "Makes data sets.")
-    data = verb.add_subparsers(dest="data_verb", required=True, metavar="SET")
+    verb = add("data", None, "look at data, make data sets", "Looks at data, and makes data sets.")
+    data = verb.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     verb = add("openmoji", _openmoji, "emoji with their names", OPENMOJI, to=data)
     verb.add_argument("--out", required=True, metavar="DIR", help="where to write it")
     verb.add_argument("--size", type=int, default=96, metavar="PX", help="side of the images (96)")
+
+    verb = add("inspect", _inspect, "what is in a source", INSPECT, to=data)
+    verb.add_argument("source", metavar="SOURCE", help="a file, a pattern, a folder, shapes:train")
+    verb.add_argument("--sheet", default="", metavar="FILE.png", help="pictures with captions")
+    verb.add_argument("--images", type=int, default=1000, metavar="N", help="images to read (1000)")
+    verb.add_argument("--image-folder", default="", metavar="DIR", help="of relative paths")
+    verb.add_argument(
+        "--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name"
+    )
 
     verb = add("demo", _demo, "train a small BLIP-2 from nothing", DEMO)
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
@@ -329,6 +348,18 @@ def _openmoji(options: argparse.Namespace, overrides: list[str]) -> None:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(describe_openmoji(summary, options.out))
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from jaxblip.data.inspect import inspect_source
+    from jaxblip.data.sources import open_source
+
+    fields = dict(field.partition("=")[::2] for field in options.field)
+    source = open_source(
+        options.source, image_size_px=96, fields=fields, image_folder=options.image_folder
+    )
+    for line in inspect_source(source, sheet=options.sheet, max_images=options.images):
+        print(line)
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxblip.data.rows import COLUMNS
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
 from jaxblip.models.language_models import config_class
@@ -89,7 +90,10 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     mesh.tensor = 1  # devices that share the work of each layer
 
     config.data = data = ConfigDict()
-    data.train = ""  # training source: "shapes:train" or the path of a .jsonl file
+    data.train = ""  # training source: shapes:train, a file or a folder, see docs/data.md
+    data.image_folder = ""  # that the paths in a source are relative to; "" = the source's own
+    # The column of each example field, where it has another name than in docs/data.md
+    data.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
     data.shuffle_block = 1  # consecutive examples that keep together: hard negatives in one batch
     # Hugging Face name or folder; "" = that of what init.language_model (stage 1: init.qformer)
     # names, or else a WordPiece trained on the captions

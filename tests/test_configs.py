@@ -154,7 +154,8 @@ def test_instructblip_is_trained_as_in_its_paper(name, batch_size, length):
     assert config.frozen == ("vision", "language_model")
     defaults = defaults_of(config)
     assert optimizer.to_dict() == defaults.optimizer.to_dict()
-    differing = {field for field in data if data[field] != defaults.data[field]}
+    data, usual = data.to_dict(), defaults.data.to_dict()
+    differing = {field for field in data if data[field] != usual[field]}
     assert differing <= {"tokenizer", "qformer_tokenizer"}
     with pytest.raises(UserError, match="one recipe, and none is called 'paper'"):
         load(f"blip2/instructblip_{name}.py:paper")

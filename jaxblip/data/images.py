@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from jaxblip.data.samples import BadSample
 
@@ -47,6 +47,8 @@ def decode_image(data: bytes, max_pixels: int, conversions: Counter | None = Non
         image = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("gigantic image", str(error)) from error
+    except UnidentifiedImageError as error:  # its message names a buffer
+        raise BadSample("corrupt image", "its bytes are of no known format") from error
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         raise BadSample("corrupt image", str(error)) from error
     width, height = image.size

@@ -51,9 +51,9 @@ def open_train_source(config: ConfigDict) -> Source:
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
-            "a .jsonl file."
+            "your data, such as a .jsonl file."
         )
-    source = open_source(config.data.train, image_size_px=config.data.image_size_px)
+    source = _open(config, config.data.train)
     if len(source) < config.batch_size:
         raise UserError(
             f"{config.data.train} has {len(source)} examples, fewer than batch_size="
@@ -68,6 +68,16 @@ def open_train_source(config: ConfigDict) -> Source:
         )
     _check_instructions(config, source, config.data.train)
     return source
+
+
+def _open(config: ConfigDict, spec: str) -> Source:
+    data = config.data
+    return open_source(
+        spec,
+        image_size_px=data.image_size_px,
+        fields=data.fields.to_dict(),
+        image_folder=data.image_folder,
+    )
 
 
 def reads_instructions(config: ConfigDict) -> bool:
@@ -296,7 +306,7 @@ def train_batches(
 def read_eval_set(config: ConfigDict) -> EvalSet:
     """The evaluation images with all their captions, in memory."""
     data = config.data
-    source = open_source(config.eval.source, image_size_px=data.image_size_px)
+    source = _open(config, config.eval.source)
     _check_instructions(config, source, config.eval.source)
     return iterate_eval_images(
         source,

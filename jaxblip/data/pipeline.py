@@ -130,7 +130,7 @@ class Preprocess:
             row = self.instruction_encoder.row([prompt or instruction])
             arrays["instruction_ids"], arrays["instruction_mask"] = row
         if "image_id" in self.fields:
-            arrays["image_id"] = np.int32(example["image_id"])
+            arrays["image_id"] = _folded(example["image_id"])
         if "image" in self.fields:
             arrays["image"] = self._image(example["image"], rng, conversions)
         return {field: arrays[field] for field in self.fields}
@@ -191,6 +191,11 @@ class Preprocess:
         )
         image = images.random_flip(image, rng, self.flip_probability)
         return images.randaugment(image, rng) if self.randaugment else image
+
+
+def _folded(image_id: int) -> np.int32:
+    """31 of its 63 bits, since devices have no more: itself where it is small."""
+    return np.int32((image_id ^ image_id >> 31 ^ image_id >> 62) & 0x7FFFFFFF)
 
 
 def input_tokens(encoder: TextEncoder, texts: Sequence[str], max_tokens: int) -> list[int]:

@@ -6,6 +6,9 @@ from collections import Counter
 from typing import Any, Protocol
 
 SKIP_REASONS = (
+    "bad row",
+    "unreadable row",
+    "truncated shard",
     "missing image",
     "zero-size image",
     "corrupt image",

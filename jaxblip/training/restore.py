@@ -55,6 +55,8 @@ READ_AGAIN = {
     "generation": _OF_GENERATION,
     "evaluation": (
         *_OF_GENERATION,
+        "data.image_folder",
+        "data.fields",
         "data.max_text_tokens",
         "data.max_input_tokens",
         "data.max_instruction_tokens",
@@ -111,9 +113,10 @@ def check_overrides(
     apply_overrides(config, overrides)
     for override in overrides:
         name = override.removeprefix("config.").partition("=")[0]
-        if not {name, name.partition(".")[0]} & set(READ_AGAIN[by]):
+        if not any(f"{name}.".startswith(f"{field}.") for field in READ_AGAIN[by]):
             known = [field for field in field_names(config) if field in READ_AGAIN[by]]
-            known += [f"{name}.*" for name in ("init", "mesh")]
+            sections = ("init", "mesh", "data.fields")
+            known += [f"{name}.*" for name in sections if name in READ_AGAIN[by]]
             raise UserError(
                 f"--{override} has no effect on the {by} of a trained run: of its config only "
                 f"{', '.join(known)} are read again."

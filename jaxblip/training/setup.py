@@ -88,7 +88,7 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     if jax.process_index() == 0:
-        for line in adopted.lines:
+        for line in (*adopted.lines, *getattr(source, "problems", ())):
             print(line)
     tokenizers = tokenizer, qformer_tokenizer
     return Setup(config, workdir, mesh, source, *tokenizers, task, schedule, optimizer)

@@ -8,17 +8,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.jsonl import JsonlSource
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
+from jaxblip.data.rows import RowSource
 from jaxblip.data.sources import open_source
 from jaxblip.errors import UserError
+
+
+def jsonl(path):
+    return open_source(str(path), image_size_px=32)
 
 
 def png(colour=(200, 30, 30), size=(8, 6)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def dense(ids):
+    """Ids numbered in the order in which they come."""
+    order = list(dict.fromkeys(ids))
+    return [order.index(each) for each in ids]
 
 
 def write(folder, lines, name="data.jsonl"):
@@ -42,32 +52,32 @@ def test_reads_bytes_captions_and_ids(tmp_path):
         {"image": "pictures/1.png", "caption": "known by its id", "id": "x"},
         {"image": str(absolute), "caption": "no id", "id": None},
     ])
-    source = pickle.loads(pickle.dumps(JsonlSource(path)))
+    source = pickle.loads(pickle.dumps(jsonl(path)))
     assert len(source) == 5
-    assert source[0] == {"image": png(), "captions": ["Ein Hündchen – 犬"], "image_id": 0}
+    same = source[0]["image_id"]
+    assert source[0] == {"image": png(), "captions": ["Ein Hündchen – 犬"], "image_id": same}
     assert source[1]["image"] == png((0, 0, 255))
     assert source[1]["captions"] == ["b", "c"]
-    assert [source[i]["image_id"] for i in range(5)] == [0, 1, 0, 1, 2]
-    assert source.without_images()[2] == {"captions": ["again the first"], "image_id": 0}
-    assert len(JsonlSource(path, max_lines=2)) == 2
+    assert dense([source[i]["image_id"] for i in range(5)]) == [0, 1, 0, 1, 2]
+    assert source.without_images()[2] == {"captions": ["again the first"], "image_id": same}
 
 
 def test_is_light_to_send_to_workers(tmp_path):
     path = write(tmp_path, [{"image": "a.png", "caption": "word " * 200}] * 1000)
-    assert len(pickle.dumps(JsonlSource(path))) < 40_000 < path.stat().st_size
+    assert len(pickle.dumps(jsonl(path))) < 40_000 < path.stat().st_size
 
 
 def test_missing_image_is_a_bad_sample_that_names_the_file(tmp_path):
     path = write(tmp_path, [{"image": "gone.png", "caption": "a"}, {"image": "\0", "caption": "a"}])
     for index, name in enumerate(("gone.png", "")):
         with pytest.raises(BadSample) as caught:
-            JsonlSource(path)[index]
+            jsonl(path)[index]
         assert caught.value.reason == "missing image"
         assert name in caught.value.detail
 
 
 def test_no_captions_is_a_bad_sample_and_not_a_defect_of_the_file(tmp_path):
-    assert JsonlSource(write(tmp_path, [{"image": "a", "captions": []}])).without_images()[0][
+    assert jsonl(write(tmp_path, [{"image": "a", "captions": []}])).without_images()[0][
         "captions"
     ] == [""]
 
@@ -79,17 +89,20 @@ def test_questions_and_instructions_are_read_with_what_answers_them(tmp_path):
         {"image": "b.png", "instruction": "Describe it.", "output": "It is\na dog."},
         {"image": "b.png", "instruction": "Shorter.", "outputs": ["A dog.", "Dog."], "id": 7},
     ]
-    source = JsonlSource(write(tmp_path, lines)).without_images()
+    source = jsonl(write(tmp_path, lines)).without_images()
     assert source.has_instructions and pickle.loads(pickle.dumps(source)).has_instructions
-    assert [source[i] for i in range(4)] == [
-        {"captions": ["A cat."], "image_id": 0, "instruction": "What is it?"},
-        {"captions": ["2", "2", "two"], "image_id": 0, "instruction": "how many"},
-        {"captions": ["It is\na dog."], "image_id": 1, "instruction": "Describe it."},
-        {"captions": ["A dog.", "Dog."], "image_id": 2, "instruction": "Shorter."},
+    rows = [source[i] for i in range(4)]
+    assert dense([row.pop("image_id") for row in rows]) == [0, 0, 1, 2]
+    assert source[3]["image_id"] == 7
+    assert rows == [
+        {"captions": ["A cat."], "instruction": "What is it?"},
+        {"captions": ["2", "2", "two"], "instruction": "how many"},
+        {"captions": ["It is\na dog."], "instruction": "Describe it."},
+        {"captions": ["A dog.", "Dog."], "instruction": "Shorter."},
     ]
-    mixed = JsonlSource(write(tmp_path, [*lines, GOOD])).without_images()
+    mixed = jsonl(write(tmp_path, [*lines, GOOD])).without_images()
     assert not mixed.has_instructions
-    assert mixed[4] == {"captions": ["a"], "image_id": 0}
+    assert mixed[4] == {"captions": ["a"], "image_id": source[0]["image_id"]}
 
 
 GOOD = {"image": "a.png", "caption": "a"}
@@ -143,32 +156,30 @@ GOOD = {"image": "a.png", "caption": "a"}
 )
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
     with pytest.raises(UserError, match=message):
-        JsonlSource(write(tmp_path, [GOOD, line, GOOD]))
+        jsonl(write(tmp_path, [GOOD, line, GOOD]))
 
 
 def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"image": "\xff\xfe", "caption": "a"}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:1: no JSON \(it is not UTF-8\)"):
-        JsonlSource(path)
+        jsonl(path)
 
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.jsonl.*No such file"):
-        JsonlSource(tmp_path / "nowhere.jsonl")
+        jsonl(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
-        JsonlSource(write(tmp_path, [], "empty.jsonl"))
+        jsonl(write(tmp_path, [], "empty.jsonl"))
     with pytest.raises(UserError, match=r"blank\.jsonl is empty"):
-        JsonlSource(write(tmp_path, ["", " "], "blank.jsonl"))
+        jsonl(write(tmp_path, ["", " "], "blank.jsonl"))
 
 
 def test_open_source_knows_its_specs(tmp_path):
     shapes = open_source("shapes:heldout", image_size_px=32)
     assert isinstance(shapes, ShapesSource) and len(shapes) == 500
     assert np.shape(shapes[0]["image"]) == (32, 32, 3)
-    assert isinstance(
-        open_source(str(write(tmp_path, [GOOD])), image_size_px=32), JsonlSource
-    )
+    assert isinstance(jsonl(write(tmp_path, [GOOD])), RowSource)
     for spec in ("shapes", "shapes:test", "coco", ""):
         with pytest.raises(UserError, match=r"shapes:train, shapes:heldout.*\.jsonl"):
             open_source(spec, image_size_px=32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.jsonl import JsonlSource
+from jaxblip.data.sources import open_source
 from jaxblip.data.pipeline import Preprocess, TrainBatches, iterate_eval_images
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
@@ -348,6 +348,10 @@ def test_defects_of_the_program_are_not_taken_for_bad_data(preprocess, num_worke
                 next(batches)
 
 
+def jsonl(path):
+    return open_source(str(path), image_size_px=24)
+
+
 def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
     grey = Image.fromarray(photo()).convert("L")
     files = {
@@ -359,17 +363,17 @@ def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
         "large.png": encode(Image.new("RGB", (300, 300))),
     }
     lines = [{"image": "missing.png", "caption": "a"}, {"image": "good.png", "caption": " ... "}]
-    for name, data in files.items():
+    for number, (name, data) in enumerate(files.items(), start=1):
         (tmp_path / name).write_bytes(data)
-        lines.append({"image": name, "captions": ["", "a red circle", "!"]})
+        lines.append({"image": name, "captions": ["", "a red circle", "!"], "id": number})
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     limited = dataclasses.replace(preprocess, max_image_pixels=50_000)
     batches, state = take(
-        20, JsonlSource(path), limited, batch_size=8, seed=0, max_bad_share=0.9
+        20, jsonl(path), limited, batch_size=8, seed=0, max_bad_share=0.9
     )
     everything = rows(batches)
-    assert set(everything["image_id"].tolist()) == {1, 2, 3}  # by path: missing is 0, good is 1
+    assert set(everything["image_id"].tolist()) == {1, 2, 3}  # good, grey and cmyk
     words = limited.encoder([limited.prompt + "a red circle"])[0][0]
     assert (everything["text_ids"] == words).all()  # never one of the empty captions
     assert set(state["skipped"]) == {
@@ -377,7 +381,7 @@ def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
     }  # fmt: skip
     assert set(state["converted"]) == {"converted grayscale", "converted CMYK"}
     json.dumps(state)
-    with TrainBatches(JsonlSource(path), limited, batch_size=8, seed=0) as stopped:
+    with TrainBatches(jsonl(path), limited, batch_size=8, seed=0) as stopped:
         with pytest.raises(RunStopped, match="missing image"):
             for _ in range(50):
                 next(stopped)
@@ -386,7 +390,7 @@ def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
 def test_all_image_files_missing_names_one(tmp_path, preprocess):
     path = tmp_path / "data.jsonl"
     path.write_text('{"image": "wrong/folder/1.png", "caption": "a"}\n')
-    with TrainBatches(JsonlSource(path), preprocess, batch_size=2, seed=0) as batches:
+    with TrainBatches(jsonl(path), preprocess, batch_size=2, seed=0) as batches:
         with pytest.raises(RunStopped, match=r"missing image \(.*wrong/folder/1\.png"):
             next(batches)
 
@@ -406,15 +410,15 @@ def test_eval_set_has_one_entry_an_image(tmp_path):
     (tmp_path / "c.png").write_bytes(b"broken")
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, [
-        {"image": "a.png", "captions": ["A cat.", "one two three four"]},
+        {"image": "a.png", "captions": ["A cat.", "one two three four"], "id": 5},
         {"image": "c.png", "caption": "never seen"},
-        {"image": "b.png", "caption": "a dog"},
-        {"image": "a.png", "captions": ["a cat", "", "a CAT on a mat"]},
-        {"image": "b.png", "caption": " !"},
+        {"image": "b.png", "caption": "a dog", "id": 2},
+        {"image": "a.png", "captions": ["a cat", "", "a CAT on a mat"], "id": 5},
+        {"image": "b.png", "caption": " !", "id": 2},
     ])))
-    evalset = iterate_eval_images(JsonlSource(path), 24, max_pixels=10_000, max_words=3)
+    evalset = iterate_eval_images(jsonl(path), 24, max_pixels=10_000, max_words=3)
     assert evalset.captions == [["a cat", "one two three", "a cat on"], ["a dog"]]
-    assert evalset.image_ids.tolist() == [0, 2]
+    assert evalset.image_ids.tolist() == [5, 2]
     assert evalset.images.shape == (2, 24, 24, 3) and evalset.images.dtype == np.uint8
     expected = Image.fromarray(photo()).resize((24, 24), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(evalset.images[0], np.asarray(expected))
@@ -434,16 +438,18 @@ def test_eval_set_has_one_entry_an_instruction(tmp_path):
         {"image": "a.png", "question": "What is it?", "answer": "Fox"},
     ])))
     cleaned, written = (
-        iterate_eval_images(JsonlSource(path), 24, 10_000, max_words, instructions=True)
+        iterate_eval_images(jsonl(path), 24, 10_000, max_words, instructions=True)
         for max_words in (50, 0)
     )
     assert cleaned.instructions == ["what is it?", "what is it?", "how many?"]
     assert cleaned.captions == [["a cat", "dog", "fox"], ["none"], ["2"]]
     assert written.instructions == ["What is it?", "What is it?", "How many?"]
     assert written.captions == [["A Cat", "a cat", "Dog", "Fox"], ["none"], ["2"]]
-    assert cleaned.rows.tolist() == [0, 1, 0] == cleaned.image_ids.tolist()
+    assert cleaned.rows.tolist() == [0, 1, 0]
+    first, second, third = cleaned.image_ids.tolist()
+    assert first == third != second
     assert len(cleaned.images) == 2 and cleaned.skipped == {"empty instruction": 1}
-    ignored = iterate_eval_images(JsonlSource(path), 24, 10_000, 50)
+    ignored = iterate_eval_images(jsonl(path), 24, 10_000, 50)
     assert ignored.instructions == ["", ""] and ignored.rows.tolist() == [0, 1]
     assert ignored.captions == [["a cat", "dog", "2", "fox"], ["none", "2"]]
 

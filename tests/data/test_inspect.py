@@ -1,0 +1,60 @@
+"""`jaxblip data inspect`: what it says of good and of bad data."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from jaxblip.cli import main
+
+
+def picture(path, size, mode="RGB"):
+    Image.new(mode, size).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    picture(tmp_path / "1.png", (40, 20))
+    picture(tmp_path / "2.png", (10, 20), "L")
+    (tmp_path / "3.png").write_bytes(b"broken")
+    lines = [
+        {"image": "1.png", "captions": ["a cat", "a cat on a mat"]},
+        {"image": "2.png", "captions": ["a dog"]},
+        {"image": "3.png", "captions": ["seen by nobody"]},
+        {"image": "1.png", "captions": [" ! "]},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_counts_lengths_sizes_and_problems(folder, capsys):
+    sheet = folder / "sheet.png"
+    assert main(["data", "inspect", str(folder / "pairs.jsonl"), f"--sheet={sheet}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 examples of 3 images, 5 texts (1.2 an example, 5 different)"
+    assert "  0: 40x20 PNG RGB; 'a cat', 'a cat on a mat'" in lines
+    assert "texts, words:        least 1, 5 % 1, median 2, 95 % 5, most 5" in lines
+    assert "  width, pixels:  least 10, 5 % 13, median 40, 95 % 40, most 40" in lines
+    assert "  converted grayscale 1" in lines
+    problems = lines[lines.index("problems:") + 1 :]
+    assert problems[0] == "  empty caption: 1, such as example 3"
+    assert problems[1].startswith("  corrupt image: 1, such as example 2: ")
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 160, 204)
+
+
+def test_a_table_with_other_names(folder, capsys):
+    (folder / "table.csv").write_text('file,title\n1.png,"one, two"\n2.png,three\n')
+    verb = ["data", "inspect", str(folder / "table.csv"), "--images=1"]
+    assert main(verb) == 2
+    printed = capsys.readouterr().err
+    assert ':2: no "caption" (or "captions"), the line has "file", "title"' in printed
+    assert main([*verb, "--field=image=file", "--field=captions=title"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 examples of 2 images" in printed and "problems: none" in printed
+    assert "images read: 1 of 2 examples" in printed
+
+
+def test_the_sets_of_the_package(capsys):
+    assert main(["data", "inspect", "shapes:heldout", "--images=3"]) == 0
+    assert "500 examples of 500 images, 2,000 texts (4 an example" in capsys.readouterr().out
