@@ -139,6 +139,7 @@ def open_published(source: str | os.PathLike) -> Published:
     weights = open_weights(source)
     if "query_tokens" in weights.tensors and any(n.startswith("Qformer.") for n in weights.tensors):
         return _lavis(weights)
+    weights = _with_key_bias(weights)
     names = [*(weights.config.get("architectures") or ()), weights.config.get("model_type", "")]
     names = [_OF_MODEL_TYPE.get(name, name) for name in names if name]
     for name in names:
@@ -155,6 +156,18 @@ def open_published(source: str | os.PathLike) -> Published:
         f"{weights.source!r} is {what}, which jaxblip has no place for: it reads "
         f"{', '.join(PUBLISHED)}, GGUF files, and the stage-1 .pth files of LAVIS."
     )
+
+
+def _with_key_bias(weights: Weights) -> Weights:
+    """Says in the config whether joint biases of the image encoder hold something for the keys.
+
+    Those of published EVA-CLIPs do not; those of a run with such biases, exported, do.
+    """
+    biases = [name for name in weights.tensors if name.endswith("self_attn.qkv.bias")]
+    if not any(np.split(weights.read(name), 3)[1].any() for name in biases):
+        return weights
+    vision = {**weights.config.get("vision_config", {}), "key_bias": True}
+    return dataclasses.replace(weights, config={**weights.config, "vision_config": vision})
 
 
 def _model(

@@ -122,6 +122,21 @@ def test_blip2(language_model, tmp_path):
     assert processor.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
 
 
+def test_biases_of_the_keys_are_kept(tmp_path):
+    """Those of EVA-CLIP are zeros, but a run of another encoder, exported, has them."""
+    reference = publish(tmp_path / "hf", "Blip2ForConditionalGeneration", "opt")
+    with torch.no_grad():
+        for layer in reference.vision_model.encoder.layers:
+            torch.nn.init.normal_(layer.self_attn.qkv.bias)
+    reference.save_pretrained(tmp_path / "hf")
+    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
+    run = run_of(tmp_path / "run")
+    images = run.task.normalize_images(jnp.asarray(IMAGES))
+    expected = blip2_logits(reference, False)
+    assert_close(compute(run, images, IDS, VALID)[VALID], expected[torch.tensor(VALID)])
+    back(tmp_path / "run", tmp_path / "again", tmp_path / "hf")
+
+
 @pytest.mark.parametrize("language_model", ["llama", "t5"])
 def test_instructblip(language_model, tmp_path):
     reference = publish(tmp_path / "hf", INSTRUCTBLIP, language_model)

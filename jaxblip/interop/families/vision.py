@@ -183,7 +183,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # What the class of the checkpoint fixes and no config says.
 VARIANTS: dict[str, dict[str, bool]] = {
     "clip_vision_model": {"pre_norm": True, "patch_bias": False},
-    # The joint bias that is stored has zeros for the keys.
+    # The joint bias that is stored has zeros for the keys, or else "key_bias" was added.
     "blip_2_vision_model": {"key_bias": False},
     "instructblip_vision_model": {"key_bias": False},
     "blip_vision_model": {},
@@ -238,6 +238,7 @@ def vit_config(hf: Mapping[str, Any]) -> VitConfig:
             f"vision_config.hidden_act={fields['hidden_act']!r} of {model_type} is not covered: "
             f"jaxblip has {', '.join(ACTIVATIONS)}."
         )
+    variant = VARIANTS[model_type] | ({"key_bias": True} if fields.get("key_bias") else {})
     image_size, patch_size = (
         _square(model_type, fields, f"{name}_size") for name in ("image", "patch")
     )
@@ -252,7 +253,7 @@ def vit_config(hf: Mapping[str, Any]) -> VitConfig:
         layer_norm_epsilon=fields["layer_norm_eps"],
         # The convolutions of transformers leave out what fills no patch.
         crop_to_patches=image_size % patch_size != 0,
-        **VARIANTS[model_type],
+        **variant,
     )
 
 
