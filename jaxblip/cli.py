@@ -354,7 +354,9 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.data.inspect import inspect_source
     from jaxblip.data.sources import open_source
 
-    fields = dict(field.partition("=")[::2] for field in options.field)
+    if bad := [field for field in options.field if "=" not in field]:
+        raise UserError(f"--field={bad[0]} names no column: write --field=image=file, for example.")
+    fields = dict(field.split("=", 1) for field in options.field)
     source = open_source(
         options.source, image_size_px=96, fields=fields, image_folder=options.image_folder
     )

@@ -53,7 +53,7 @@ def _read(path: str) -> Any:
     try:
         return json.loads(storage.read_bytes(path))
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
+        raise storage.unreadable(path, error) from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}.") from error
 
@@ -62,7 +62,7 @@ def _rows(documents: list[Any], paths: list[str], split: str) -> list[dict[str, 
     first = documents[0]
     if len(documents) == 2:
         form, make = "VQA v2", lambda: _vqa(*documents)
-    elif isinstance(first, list) and first and "conversations" in first[0]:
+    elif isinstance(first, list) and _has_turns(first):
         form, make = "LLaVA", lambda: _llava(first)
     elif isinstance(first, list):
         form, make = "LAVIS", lambda: [dict(entry) for entry in first]
@@ -82,11 +82,15 @@ def _rows(documents: list[Any], paths: list[str], split: str) -> list[dict[str, 
         )
     try:
         return make()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{' and '.join(paths)} looks like {form}, but an entry is not as it should be: "
-            f"{type(error).__name__} {error}."
-        ) from error
+    except KeyError as error:
+        what = f"an entry lacks {error}"
+    except (TypeError, ValueError, AttributeError, IndexError):
+        what = "an entry has another form"
+    raise UserError(f"{' and '.join(paths)}: read as {form}, but {what}.")
+
+
+def _has_turns(entries: list[Any]) -> bool:
+    return bool(entries) and isinstance(entries[0], dict) and "conversations" in entries[0]
 
 
 def _coco(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ def _vqa(questions: dict[str, Any], annotations: dict[str, Any]) -> list[dict[st
         {
             "image": f"COCO_{subset}_{question['image_id']:012d}.jpg",
             "question": question["question"],
-            "answers": answers[question["question_id"]],
+            "answers": answers[question["question_id"]],  # KeyError: it has no annotation
             "id": question["image_id"],
             "question_id": question["question_id"],
         }

@@ -102,7 +102,7 @@ class WebDatasetRows:
                 raise UserError(f"{path} is no plain tar file: {error}.") from error
             self.problems.append(f"{path} is cut off behind sample {self._keys[-1][1]}")
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
+            raise storage.unreadable(path, error) from error
 
     def _samples(self, shard: int, archive: tarfile.TarFile, end: int):
         last = None
@@ -128,7 +128,11 @@ def _text(content: bytes) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{00..02}.tar` as its three names, and `{a,b}.tar` as its two; nested ones as well."""
+    """`a-{00..02}.tar` as its three names, and `{a,b}.tar` as its two; nested ones as well.
+
+    Raises:
+      UserError: a range is empty.
+    """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -136,6 +140,8 @@ def expand_braces(pattern: str) -> list[str]:
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if bounds:
         low, high = bounds.groups()
+        if int(low) > int(high):
+            raise UserError(f"{pattern} names nothing: the first number of {{{inside}}} is larger.")
         width = len(low) if low.startswith("0") or len(low) == len(high) else 0
         parts = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
     else:

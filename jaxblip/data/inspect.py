@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from jaxblip.data.images import decode_image, resize_square
 from jaxblip.data.samples import BadSample, Source, counts_as_text
 from jaxblip.data.text import clean_caption
+from jaxblip.errors import UserError
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _EXAMPLES = 10
@@ -36,7 +37,14 @@ def inspect_source(
 
     Returns:
       Lines that describe it: counts, ten examples, percentiles of lengths and sizes, problems.
+
+    Raises:
+      UserError: `max_images` is negative, or `sheet` lies in no folder.
     """
+    if max_images < 0:
+        raise UserError(f"{max_images} images cannot be read: the number must be 0 or more.")
+    if sheet and not os.path.isdir(os.path.dirname(os.path.abspath(sheet))):
+        raise UserError(f"there is no folder for {sheet}: make it first.")
     places = np.unique(np.linspace(0, len(source) - 1, min(max_images, len(source))).astype(int))
     problems, first = Counter(), {}
 

@@ -59,6 +59,8 @@ def open_source(
         spec = os.path.join(spec, METADATA)
         fields = _METADATA_FIELDS | {field: column for field, column in fields.items() if column}
     columns = columns_of(fields)
+    if image_folder and not storage.is_url(image_folder) and not os.path.isdir(image_folder):
+        raise UserError(f"there is no folder {image_folder!r} for the paths of images.")
     rows = _open_rows(spec, columns, image_folder)
     if image_folder:
         rows.folder = storage.absolute(image_folder)

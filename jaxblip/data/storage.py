@@ -31,10 +31,22 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def open_file(path: str):
-    """A file to read bytes from, seekable."""
-    if is_url(path):
+    """A file to read bytes from, seekable.
+
+    Raises:
+      OSError: it cannot be opened, or the package for such URLs is not installed.
+    """
+    if not is_url(path):
+        return open(path, "rb")
+    try:
         return fsspec.open(path, "rb").open()
-    return open(path, "rb")
+    except (ImportError, ValueError) as error:  # of the protocol, which will not pass
+        raise FileNotFoundError(str(error)) from error
+
+
+def unreadable(path: str, error: OSError) -> UserError:
+    """What to raise where a file that the user named cannot be read."""
+    return UserError(f"cannot read {path} ({error.strerror or error}): check the path.")
 
 
 def read_bytes(path: str, start: int = 0, length: int = -1) -> bytes:
@@ -76,8 +88,11 @@ def files(spec: str | os.PathLike) -> Sequence[str]:
     spec = absolute(spec)
     if not any(character in spec for character in "*?["):
         return [spec]
-    filesystem, path = fsspec.core.url_to_fs(spec)
-    found = sorted(filesystem.glob(path))
+    try:
+        filesystem, path = fsspec.core.url_to_fs(spec)
+        found = sorted(filesystem.glob(path))
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"cannot list {spec} ({error}): check the path.") from error
     if not found:
         raise UserError(f"no file is called {spec}: check the path, or quote it for the shell.")
     return [filesystem.unstrip_protocol(name) if is_url(spec) else name for name in found]

@@ -10,7 +10,6 @@ import os
 from collections import OrderedDict
 from typing import Any
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 
@@ -63,11 +62,14 @@ class CsvRows:
             try:
                 text = storage.read_bytes(path).decode("utf-8-sig")
             except OSError as error:
-                raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
+                raise storage.unreadable(path, error) from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{path} is not UTF-8: save it as UTF-8.") from error
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=self._separator)
-            self._add(path, reader)
+            try:
+                self._add(path, reader)
+            except csv.Error as error:
+                raise UserError(f"{path}:{reader.line_num}: no row of a table: {error}.") from error
 
     def _add(self, path: str, reader) -> None:
         names = next(reader, None)
@@ -152,8 +154,8 @@ class ParquetRows:
 
     def _open(self, path: str) -> pyarrow.parquet.ParquetFile:
         try:
-            return pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open())
+            return pyarrow.parquet.ParquetFile(storage.open_file(path))
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
+            raise storage.unreadable(path, error) from error
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path} is no Parquet file: {error}.") from error

@@ -314,3 +314,43 @@ def test_ids_are_shared_by_rows_of_a_picture():
     ]
     ids = [rows.image_id(row, columns) for row in same + others]
     assert len(set(ids)) == 5 and all(0 <= each < 2**63 for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nope.csv", r"cannot read .*nope\.csv \(No such file or directory\): check the path"),
+        ("nope.parquet", r"cannot read .*nope\.parquet"),
+        ("nope-{0..1}.tar", r"cannot read .*nope-0\.tar"),
+        ("nope-{3..1}.tar", r"names nothing: the first number of \{3\.\.1\} is larger"),
+        ("nope.json", r"cannot read .*nope\.json"),
+        ("nope-*.jsonl", r"no file is called .*nope-\*\.jsonl"),
+        ("unknown://nope.csv", r"cannot read unknown://nope\.csv \(Protocol not known"),
+        ("unknown://*.csv", r"cannot list unknown://\*\.csv \(Protocol not known"),
+        ("nope.txt", r"no data source is called 'nope\.txt'"),
+    ],
+)
+def test_what_cannot_be_found(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_source(spec, image_size_px=8)
+
+
+def test_a_folder_of_images_that_is_not_there(folder):
+    (folder / "data.csv").write_text("image,caption\n1.png,a\n")
+    with pytest.raises(UserError, match="there is no folder 'no/such'"):
+        opened(folder / "data.csv", image_folder="no/such")
+
+
+def test_a_cell_that_never_ends(tmp_path):
+    (tmp_path / "data.csv").write_text('image,caption\n1.png,"' + "x" * 200_000)
+    with pytest.raises(UserError, match=r"data\.csv:\d+: no row of a table: field larger"):
+        opened(tmp_path / "data.csv")
+
+
+def test_a_question_without_an_annotation(tmp_path):
+    asked = {"image_id": 1, "question": "why?", "question_id": 7}
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "v", "questions": [asked]}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": []}))
+    with pytest.raises(UserError, match="read as VQA v2, but an entry lacks 7"):
+        opened(f"{tmp_path}/q.json,{tmp_path}/a.json")

@@ -58,3 +58,17 @@ def test_a_table_with_other_names(folder, capsys):
 def test_the_sets_of_the_package(capsys):
     assert main(["data", "inspect", "shapes:heldout", "--images=3"]) == 0
     assert "500 examples of 500 images, 2,000 texts (4 an example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--images=-1", "-1 images cannot be read"),
+        ("--field=image", "--field=image names no column: write --field=image=file"),
+        ("--field=imge=file", "data.fields.imge is no field of an example, did you mean image?"),
+        ("--sheet=no/such/sheet.png", "there is no folder for no/such/sheet.png"),
+    ],
+)
+def test_options_that_cannot_be(option, message, folder, capsys):
+    assert main(["data", "inspect", str(folder / "pairs.jsonl"), option]) == 2
+    assert message in capsys.readouterr().err
