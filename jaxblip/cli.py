@@ -309,14 +309,7 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
                 print(piece, end="", flush=True)
             print()
     else:
-        images, lines = options.image, []
-        try:
-            lines = generate(options.checkpoint, images, **settings)
-        except UnreadableImages as error:
-            unreadable.append(str(error))
-            images = [image for place, image in enumerate(images) if place not in error.places]
-            lines = generate(options.checkpoint, images, **settings) if images else []
-        for image, text in lines:
+        for image, text in generate(options.checkpoint, options.image, **settings):
             print(f"{image}: {text}")
     if unreadable:
         raise UserError("\n".join(unreadable))

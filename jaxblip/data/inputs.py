@@ -116,14 +116,7 @@ def run_tokenizer(
     saved = Path(workdir) / TOKENIZER_FOLDER
     if saved.is_dir():
         return load_tokenizer(str(saved))
-    if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    elif of_weights is not None:
-        tokenizer = of_weights()
-    elif folder := _tokenizer_of_init(config):
-        tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = train_wordpiece(_captions(source, config), config.data.vocab_size)
+    tokenizer = _new_tokenizer(config, "tokenizer", source, of_weights, _tokenizer_of_init(config))
     if "qformer" in config.model and config.task == "stage1":
         add_dec_token(tokenizer)
     if config.task.startswith("blip_"):
@@ -147,22 +140,31 @@ def run_qformer_tokenizer(
     saved = Path(workdir) / QFORMER_TOKENIZER_FOLDER
     if saved.is_dir():
         return load_tokenizer(str(saved))
-    if name := config.data.qformer_tokenizer:
-        tokenizer = load_tokenizer(name, "data.qformer_tokenizer")
-    elif of_weights is not None:
-        tokenizer = of_weights()
-    elif folder := _qformer_tokenizer_of_init(config):
-        tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer = train_wordpiece(_captions(source, config), config.data.vocab_size)
+    of_init = _qformer_tokenizer_of_init(config)
+    tokenizer = _new_tokenizer(config, "qformer_tokenizer", source, of_weights, of_init)
     if (config.model.qformer.vocab_size or math.inf) > len(tokenizer):
         add_dec_token(tokenizer)
     return tokenizer
 
 
-def save_tokenizers(
-    tokenizer: Any, qformer_tokenizer: Any, workdir: str | os.PathLike
-) -> None:
+def _new_tokenizer(
+    config: ConfigDict,
+    field: str,
+    source: Source | None,
+    of_weights: Callable[[], Any] | None,
+    of_init: str,
+) -> Any:
+    """Of a field of `config.data`: what it names, or what the run starts from has, or a new one."""
+    if name := config.data[field]:
+        return load_tokenizer(name, f"data.{field}")
+    if of_weights is not None:
+        return of_weights()
+    if of_init:
+        return load_tokenizer(of_init)
+    return train_wordpiece(_captions(source, config), config.data.vocab_size)
+
+
+def save_tokenizers(tokenizer: Any, qformer_tokenizer: Any, workdir: str | os.PathLike) -> None:
     """Writes those of a run, the second one if it is not None."""
     save_tokenizer(tokenizer, Path(workdir) / TOKENIZER_FOLDER)
     if qformer_tokenizer is not None:

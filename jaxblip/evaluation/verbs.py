@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxblip.api import ANSWER_DECODING, Decoding, Model, load
-from jaxblip.errors import UserError
+from jaxblip.errors import UnreadableImages, UserError
 from jaxblip.evaluation.evaluate import Evaluation, Metrics
 from jaxblip.evaluation.labels import TASK_TITLES
 from jaxblip.evaluation.report import write_report
@@ -95,7 +95,7 @@ def generate(
     context: str = "",
     candidates: str | None = None,
     **decoding: Any,
-) -> list[tuple[str, str]]:
+) -> Iterator[tuple[str, str]]:
     """Texts about image files by a run that can make some: (file, text), one or several of each.
 
     Args:
@@ -107,8 +107,8 @@ def generate(
       decoding: as in `Model.caption`.
 
     Raises:
-      UserError: settings exclude each other (before the run is read), the run is of another task,
-        or an image cannot be read.
+      UserError: settings exclude each other (before the run is read), or the run's task is another.
+      UnreadableImages: from the iterator, behind the texts about the images that can be read.
     """
     settings = _settings(question, context, decoding)
     if candidates is not None:
@@ -120,20 +120,41 @@ def generate(
                 "leave it out, or the candidates."
             )
     model = load(checkpoint, step=step, overrides=overrides)
-    if candidates is None:
+
+    def describe(images: Sequence[str]) -> list[tuple[str, str]]:
+        if candidates is not None:
+            return _ranked(model, images, texts, _prompt(model, prompt, question, context))
         if question is None:
             found = model.caption(images, prompt, **decoding)
         else:
             found = model.answer(images, question, context, prompt, **decoding)
         listed = ([text] if isinstance(text, str) else text for text in found)
         return [(path, text) for path, of_image in zip(images, listed) for text in of_image]
-    scores = model.rank(images, texts, _prompt(model, prompt, question, context))
+
+    return _of_readable(describe, images)
+
+
+def _ranked(
+    model: Model, images: Sequence[str], texts: list[str], prompt: str | None
+) -> list[tuple[str, str]]:
     lines = []
-    for path, row in zip(images, scores.astype(np.float64), strict=True):
+    for path, row in zip(images, model.rank(images, texts, prompt).astype(np.float64), strict=True):
         probabilities = np.exp(row - np.logaddexp.reduce(row))
         for best in np.argsort(-row, kind="stable"):
             lines.append((path, f"{probabilities[best]:.4f} {texts[best]}"))
     return lines
+
+
+def _of_readable(
+    describe: Callable[[Sequence[str]], list[tuple[str, str]]], images: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """What is described of the readable images; behind it `UnreadableImages` of the others."""
+    try:
+        yield from describe(images)
+    except UnreadableImages as error:
+        readable = [image for place, image in enumerate(images) if place not in error.places]
+        yield from describe(readable) if readable else ()
+        raise
 
 
 def stream(

@@ -77,7 +77,7 @@ def test_a_run_of_stage2_writes_captions(run, language_model, tmp_path, capsys):
     for path in pictures:
         shade = int(Path(path).stem)
         Image.fromarray(np.full((30, 30, 3), shade, np.uint8)).save(path)
-    captions = generate(workdir, pictures)
+    captions = list(generate(workdir, pictures))
     assert [path for path, _ in captions] == pictures
     assert all(isinstance(caption, str) for _, caption in captions)
     verb = ["generate", f"--checkpoint={workdir}", "--image", pictures[0]]
@@ -134,7 +134,7 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
         assert words in page
     # What a user asks is answered as it is in the evaluation.
     as_evaluated = dict(max_new_tokens=5, min_new_tokens=0, length_penalty=1.0)
-    answers = generate(workdir, pictures, question="Why?", **as_evaluated)
+    answers = list(generate(workdir, pictures, question="Why?", **as_evaluated))
     assert [text for _, text in answers] == [row["caption"] for row in rows[1::2]]
     verb = ["generate", f"--checkpoint={workdir}", "--image", pictures[0], "--num-beams=1"]
     capsys.readouterr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -31,20 +30,13 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import jaxblip
-from jaxblip.cli import main
-from jaxblip.config import default_config
 from jaxblip.data.inputs import read_eval_set
-from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.interop.families.blip2 import lavis_stage1_layout
 from jaxblip.models.blip2 import Blip2Stage1
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
-from jaxblip.training.checkpoints import load_params
-from jaxblip.training.initialize import frozen_params, initial_trainable
-from jaxblip.training.loop import train
 from jaxblip.training.restore import load_run
-from jaxblip.training.setup import prepare
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (2, 8, 8, 3), np.uint8)
@@ -171,13 +163,6 @@ def test_instructblip(language_model, tmp_path):
     )
     assert processor.qformer_tokenizer.get_vocab() == ours.get_vocab() == theirs.get_vocab()
     assert_close(processor(images=list(IMAGES), return_tensors="pt").pixel_values, pixels(IMAGES))
-
-
-def test_instructblip_without_its_second_tokenizer(tmp_path, capfd):
-    publish(tmp_path / "hf", INSTRUCTBLIP, "t5")
-    shutil.rmtree(tmp_path / "hf/qformer_tokenizer")
-    message = failing(tmp_path, {"from": tmp_path / "hf", "to": tmp_path / "run"}, capfd)
-    assert "has no tokenizer in 'qformer_tokenizer'" in message and message.count("\n") == 1
 
 
 def test_retrieval(tmp_path):
@@ -432,25 +417,6 @@ def test_lavis(encoder, tmp_path):
         assert "epsilon 1e-06, not with 1e-05" in lines and "itg_head" in lines
 
 
-def test_a_converted_run_is_a_source_and_nothing_to_go_on_with(tmp_path):
-    publish(tmp_path / "hf", "Blip2ForConditionalGeneration")
-    convert(str(tmp_path / "hf"), str(tmp_path / "run"))
-    config = tiny_stage2(all=tmp_path / "run")
-    with pytest.raises(UserError, match="no state of a training"):
-        prepare(config, str(tmp_path / "run"))
-    setup = prepare(config, str(tmp_path / "other"))
-    assert len(setup.tokenizer) == setup.config.model.language_model.vocab_size
-    frozen, references = frozen_params(setup.task, setup.mesh)
-    params = initial_trainable(setup.task, setup.mesh) | frozen
-    saved = load_params(tmp_path / "run")
-    for path, leaf in flatten_dict(params).items():
-        expected = flatten_dict(saved)[path]
-        np.testing.assert_array_equal(leaf, expected.astype(leaf.dtype))
-    assert references["vision"] | {"fingerprint": ""} == {
-        "source": str(tmp_path / "run"), "revision": "0", "fingerprint": "",
-    }  # fmt: skip
-
-
 def test_dtype(tmp_path):
     publish(tmp_path / "hf", "OPTForCausalLM")
     convert(str(tmp_path / "hf"), str(tmp_path / "run"), dtype="bfloat16")
@@ -463,79 +429,3 @@ def test_dtype(tmp_path):
     theirs, wide = read_all(tmp_path / "hf"), read_all(tmp_path / "wide")
     for key, tensor in wide.items():
         assert torch.equal(tensor, theirs[key].bfloat16().float()), key
-
-
-def test_a_trained_run_with_frozen_parts(tmp_path):
-    """Frozen parts come from their sources, as they were in the run: here in bfloat16."""
-    publish(tmp_path / "hf", "Blip2ForConditionalGeneration")
-    config = tiny_stage2(all=tmp_path / "hf")
-    train(config, str(tmp_path / "run"))
-    lines = "\n".join(convert(str(tmp_path / "run"), str(tmp_path / "out")))
-    assert "Written as Blip2ForConditionalGeneration" in lines
-    theirs, ours = read_all(tmp_path / "hf"), read_all(tmp_path / "out")
-    assert theirs.keys() == ours.keys()
-    for key, tensor in ours.items():
-        assert tensor.dtype == torch.float32
-        is_frozen = key.startswith(("vision_model.e", "language_model."))
-        assert torch.equal(tensor, theirs[key].bfloat16().float()) == is_frozen, key
-    # The source is not what it was: the export says so.
-    random_model("Blip2ForConditionalGeneration", seed=1).save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match="frozen part 'language_model'"):
-        convert(str(tmp_path / "run"), str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
-
-
-def tiny_stage2(**init):
-    config = default_config("stage2")
-    config.steps, config.batch_size, config.optimizer.warmup_steps = 1, 8, 0
-    config.data.train, config.data.num_workers = "shapes:train", 0
-    config.data.image_size_px, config.data.max_text_tokens = 8, 6
-    config.optimizer.peak_lr = 0.1
-    config.init.update({part: str(source) for part, source in init.items()})
-    return config.lock()
-
-
-def failing(tmp_path, arguments, capfd):
-    capfd.readouterr()
-    assert main(["convert", *(f"--{name}={value}" for name, value in arguments.items())]) == 2
-    message = capfd.readouterr().err
-    assert message.startswith("jaxblip: error: ")
-    assert not list(tmp_path.glob(".*.new"))
-    return message
-
-
-def test_errors(tmp_path, capfd):
-    target = {"to": tmp_path / "target"}
-    (tmp_path / "empty").mkdir()
-    assert "no model.safetensors" in failing(tmp_path, {"from": tmp_path / "empty"} | target, capfd)
-
-    publish(tmp_path / "clip", "CLIPVisionModel")
-    message = failing(tmp_path, {"from": tmp_path / "clip"} | target, capfd)
-    assert "one part of a model" in message and "config.init.vision" in message
-
-    config = json.loads((tmp_path / "clip/config.json").read_text())
-    config |= {"architectures": ["FlavaModel"], "model_type": "flava"}
-    (tmp_path / "clip/config.json").write_text(json.dumps(config))
-    message = failing(tmp_path, {"from": tmp_path / "clip"} | target, capfd)
-    assert "a FlavaModel" in message and message.count("\n") == 1
-    assert "CLIPModel, CLIPVisionModel" in message
-
-    message = failing(tmp_path, {"from": "hf:no/such-model"} | target, capfd)
-    assert "no Hugging Face repository of that name" in message and "'no/such-model'" in message
-    torch.save({"model": {"a": torch.zeros(2)}, "args": main}, tmp_path / "code.pth")
-    message = failing(tmp_path, {"from": tmp_path / "code.pth"} | target, capfd)
-    assert "would run code" in message and message.count("\n") == 1
-
-    publish(tmp_path / "opt", "OPTForCausalLM")
-    full = {"to": tmp_path / "opt", "from": tmp_path / "opt"}
-    assert "is there already" in failing(tmp_path, full, capfd)
-    for file in (*tmp_path.glob("opt/tok*"), *tmp_path.glob("opt/special*")):
-        file.unlink()
-    message = failing(tmp_path, {"from": tmp_path / "opt"} | target, capfd)
-    assert "has no tokenizer" in message and "--tokenizer" in message
-    config = json.loads((tmp_path / "opt/config.json").read_text()) | {"ffn_dim": 30}
-    (tmp_path / "opt/config.json").write_text(json.dumps(config))
-    tokenizer_of("opt").save_pretrained(tmp_path / "tokenizer")
-    arguments = {"from": tmp_path / "opt", "tokenizer": tmp_path / "tokenizer"} | target
-    assert "Of another shape" in failing(tmp_path, arguments, capfd)
-    assert not (tmp_path / "target").exists()
