@@ -12,13 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxblip.data.pipeline import (
-    EvalSet,
-    Preprocess,
-    TrainBatches,
-    input_tokens,
-    iterate_eval_images,
-)
+from jaxblip.data.eval_set import EvalSet, iterate_eval_images
+from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.preprocess import Preprocess, input_tokens
 from jaxblip.data.samples import BadSample, Source
 from jaxblip.data.sources import open_source
 from jaxblip.data.text import (

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxblip.config import default_config
 from jaxblip.data import inputs
-from jaxblip.data.pipeline import Preprocess, TrainBatches, input_tokens
+from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.preprocess import Preprocess, input_tokens
 from jaxblip.data.shapes import ShapesSource
 from jaxblip.data.tokenizers import save_tokenizer, train_wordpiece
 from jaxblip.errors import RunStopped, UserError

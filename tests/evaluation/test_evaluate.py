@@ -10,7 +10,7 @@ import pytest
 
 from jaxblip import sharding
 from jaxblip.data import inputs
-from jaxblip.data.pipeline import Preprocess
+from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.sources import open_source
 from jaxblip.data.tokenizers import train_wordpiece
 from jaxblip.errors import UserError
