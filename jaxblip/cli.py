@@ -75,12 +75,14 @@ Converts weights. From what others publish it makes a run, which `evaluate`, `ge
 SOURCE is one of
   hf:NAME or hf:NAME@REVISION   a repository of the Hugging Face hub
   a folder                      config.json and safetensors, as save_pretrained writes them
-  a file                        .safetensors, .pth (LAVIS, stage 1) or .gguf
+  a file                        .safetensors, .pth (LAVIS's BLIP-2, BLIP) or .gguf
   the work directory of a run   its latest checkpoint, or that of --step
 
 Examples:
   jaxblip convert --from=hf:Salesforce/blip2-opt-2.7b --to=runs/blip2
   jaxblip convert --from=runs/demo/stage2 --to=exported --dtype=bfloat16
+  jaxblip convert --from=blip2_pretrained_flant5xl.pth --vision=hf:Salesforce/blip2-itm-vit-g \\
+      --language-model=hf:google/flan-t5-xl --to=runs/blip2
 """
 
 OPENMOJI = """\
@@ -204,6 +206,15 @@ def _parser() -> tuple[
     verb.add_argument(
         "--tokenizer", metavar="NAME", help="name or folder, for weights without a tokenizer"
     )
+    verb.add_argument(
+        "--qformer-tokenizer", metavar="NAME", help="likewise, of the Q-Former of InstructBLIP"
+    )
+    verb.add_argument(
+        "--vision", metavar="SOURCE", help="image encoder, for files of LAVIS without one"
+    )
+    verb.add_argument(
+        "--language-model", metavar="SOURCE", help="likewise the language model"
+    )
     verb.add_argument("--step", type=int, help="checkpoint of a run; by default the latest")
 
     verb = add("data", None, "look at data, make data sets", "Looks at data, and makes data sets.")
@@ -323,6 +334,9 @@ def _convert(options: argparse.Namespace, overrides: list[str]) -> None:
         options.target,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
+        qformer_tokenizer=options.qformer_tokenizer,
+        vision=options.vision,
+        language_model=options.language_model,
         step=options.step,
     ):
         print(line)

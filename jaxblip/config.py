@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import difflib
 import runpy
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxblip.data.mixture import WEIGHT, check_section
 from jaxblip.data.rows import COLUMNS
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
@@ -29,8 +31,10 @@ from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS, TASKS
 from jaxblip.tasks.base import PIXEL_MEAN, PIXEL_STD
 from jaxblip.tasks.parts import language_model_config, language_model_section, model_fields
 
-# Fields that may differ when a run goes on in its work directory: they change no result.
+# Fields that may differ when a run goes on in its work directory. They change no result but for
+# the batch size, with which it goes on behind the same example.
 MAY_CHANGE_ON_RESUME = (
+    "batch_size",
     "mesh",
     "data.num_workers",
     "data.max_bad_share",
@@ -94,6 +98,15 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     data.image_folder = ""  # that the paths in a source are relative to; "" = the source's own
     # The column of each example field, where it has another name than in docs/data.md
     data.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
+    # Several sources: name -> a section with its own fields of config.data, and a weight if not 1,
+    # such as --config.data.mixture.coco.train=coco.json; see docs/data.md
+    data.mixture = ConfigDict()
+    # Share of a source ~ weight * size ** exponent: 1 = by size, 0.5 = by its square root
+    # (InstructBLIP), 1 / T for temperature T, 0 = by the weights alone
+    data.mixture_exponent = 1.0
+    # Which of an image's captions, or of an instruction's answers, are shown: "sample" draws one
+    # each time, "all" makes an example of each, so that an epoch has every pair once
+    data.captions = "sample"
     data.shuffle_block = 1  # consecutive examples that keep together: hard negatives in one batch
     # Hugging Face name or folder; "" = that of what init.language_model (stage 1: init.qformer)
     # names, or else a WordPiece trained on the captions
@@ -119,9 +132,16 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     data.max_words = 50
     if task == "language_model":
         data.captions_per_text = 1  # captions of one image in a text, each with begin and end token
+        # Whether max_text_tokens is the length of a row that holds several texts, none of which
+        # sees another; every caption is a text of its own, as with data.captions="all"
+        data.packing = False
     # stands before every caption, and {} in it for the example's instruction or question; in stage
     # 2 its tokens carry no loss. An encoder reads it, and the Q-Former of InstructBLIP
     data.prompt = ""
+    if task != "blip_vqa":
+        # Prompts of which one is drawn for each training example; () = always data.prompt, which
+        # evaluation and generation keep
+        data.templates = ()
     data.image_size_px = 224  # side of the square images, pixels
     # How an image without augmentation becomes a square: "squash" stretches it, "shortest_edge"
     # resizes its shorter side and takes the centre, as CLIP does
@@ -355,6 +375,8 @@ def _apply_override(config: ConfigDict, override: str) -> None:
     if not equals:
         raise UserError(f"The override --{name} has no value: write --{name}=VALUE.")
     *sections, field = name.removeprefix("config.").split(".")
+    if sections[:2] == ["data", "mixture"] and len(sections) > 2:
+        _add_to_mixture(config.data, sections[2], [*sections, field][3])
     owner = config
     for section in [*sections, field]:
         if not isinstance(owner, ConfigDict) or section not in owner:
@@ -370,6 +392,17 @@ def _apply_override(config: ConfigDict, override: str) -> None:
             f"--{name} is a section; its fields are {', '.join(sorted(owner))}: set one of them."
         )
     parent[field] = _parse(name, text, owner)
+
+
+def _add_to_mixture(data: ConfigDict, name: str, field: str) -> None:
+    """Makes a field of a source of the mixture, with the value that it has for all sources."""
+    check_section(name, [field])
+    with data.mixture.unlocked():
+        if name not in data.mixture:
+            data.mixture[name] = ConfigDict()
+        if field not in data.mixture[name]:
+            value = 1.0 if field == WEIGHT else copy.deepcopy(data[field])
+            data.mixture[name][field] = value
 
 
 def _parse(name: str, text: str, current: Any) -> Any:

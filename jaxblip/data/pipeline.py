@@ -1,6 +1,6 @@
-"""The input pipeline: from a source to batches of NumPy arrays, at a position that is one number.
+"""The input pipeline: from sources to batches of NumPy arrays, at a position that is one number.
 
-Example k of a run is a function of (source, preprocessing, seed, k) alone, its augmentation
+Example k of a run is a function of (sources, preprocessing, seed, k) alone, its augmentation
 included. So a run goes on at `start_example` with any number of workers, any number of processes
 and any batch size, and sees what it would have seen.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,6 +29,39 @@ _COUNTED = SKIP_REASONS + CONVERSIONS
 _MIN_EXAMINED = 100
 # Bad examples in a row after which no good one is looked for any more.
 _MAX_TRIES = 100
+# Workers that die one after the other at the same batch, after which the run stops.
+_MAX_DEATHS = 3
+_DEATH = "terminated unexpectedly"  # in Grain's words
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A source as the pipeline reads it.
+
+    Attributes:
+      source: examples, see `samples.Source`.
+      preprocess: what to make of each; the fields of all parts are the same, and their shapes.
+      name: of the part among several; "" alone.
+      share: of all examples, to about a hundredth of the smallest one.
+      shuffle_block: this many consecutive examples of the source keep together when it is
+        shuffled, so that they are hard negatives of each other; a divisor of their number.
+    """
+
+    source: Source
+    preprocess: Preprocess
+    name: str = ""
+    share: float = 1.0
+    shuffle_block: int = 1
+
+    @property
+    def key(self) -> int:
+        """A number that follows from the name, 0 alone: of random draws and of image ids."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def prefix(self) -> str:
+        """Stands before what is counted of this part."""
+        return f"{self.name}/" if self.name else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +74,68 @@ class _LoadExample:
     here, because it would end the worker.
     """
 
-    source: Source
-    preprocess: Preprocess
+    part: Part
+    number: int  # of the part
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        counts = Counter()
-        first_bad = ""
+        counts, first_bad, arrays = Counter(), "", None
         for _ in range(_MAX_TRIES):
             conversions = Counter()
             try:
-                arrays = self.preprocess(self.source[index], rng, conversions)
+                arrays = self._load(index, rng, conversions)
             except BadSample as bad:
                 counts[bad.reason] += 1
                 first_bad = first_bad or f"{bad.reason} ({bad.detail})"
-                index = int(rng.integers(len(self.source)))
+                index = int(rng.integers(len(self.part.source)))
                 continue
-            return {"arrays": arrays, "counts": counts + conversions, "first_bad": first_bad}
-        return {"arrays": None, "counts": counts, "first_bad": first_bad}
+            counts += conversions
+            break
+        return {"arrays": arrays, "counts": counts, "first_bad": first_bad, "part": self.number}
+
+    def _load(
+        self, index: int, rng: np.random.Generator, conversions: Counter
+    ) -> dict[str, np.ndarray]:
+        source = self.part.source
+        example = source[index]
+        # Sources number their images independently of each other.
+        example["image_id"] ^= self.part.key
+        try:
+            return self.part.preprocess(example, rng, conversions)
+        except BadSample as bad:
+            if not hasattr(source, "place"):
+                raise
+            raise BadSample(bad.reason, f"{bad.detail}, of {source.place(index)}") from bad
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batches what `_LoadExample` gives; `arrays` is None where no good example was found."""
-    counts = sum((example["counts"] for example in examples), Counter())
-    arrays = [example["arrays"] for example in examples]
-    found = all(a is not None for a in arrays)
-    return {
-        "arrays": {k: np.stack([a[k] for a in arrays]) for k in arrays[0]} if found else None,
-        "counts": np.array([counts[name] for name in _COUNTED], np.int64),
-        "first_bad": next((e["first_bad"] for e in examples if e["first_bad"]), ""),
-    }
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Batches what `_LoadExample` gives, with what is counted of each part.
+
+    `arrays` is None where no good example was found, and `lost` says of which part.
+    """
+
+    num_parts: int
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        counts = np.zeros((self.num_parts, len(_COUNTED)), np.int64)
+        drawn, lost = np.zeros((2, self.num_parts), np.int64)
+        first_bad = [""] * self.num_parts
+        for example in examples:
+            part = example["part"]
+            counts[part] += [example["counts"][name] for name in _COUNTED]
+            drawn[part] += 1
+            lost[part] += example["arrays"] is None
+            first_bad[part] = first_bad[part] or example["first_bad"]
+        arrays = [example["arrays"] for example in examples]
+        return {
+            "arrays": (
+                None if lost.any() else {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}
+            ),
+            "counts": counts,
+            "drawn": drawn,
+            "first_bad": first_bad,
+            "lost": lost,
+        }
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
@@ -93,39 +160,55 @@ def _shuffled(size: int, block: int, seed: int) -> grain.MapDataset:
     )
 
 
+def _examples(part: Part, number: int, seed: int) -> grain.MapDataset:
+    """The endless examples of one part, each augmented by a generator of its own."""
+    if "image" not in part.preprocess.fields and hasattr(part.source, "without_images"):
+        part = dataclasses.replace(part, source=part.source.without_images())
+    seed ^= part.key
+    return (
+        _shuffled(len(part.source), part.shuffle_block, seed)
+        .seed(seed)
+        .repeat()
+        # Before any slice: the generator of an example follows from its index.
+        .random_map(_LoadExample(part, number))
+    )
+
+
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """Endless shuffled batches of this process, `{field: [batch_size / process_count, ...]}`.
 
-    Every epoch has an order of its own. Of each global batch, process p of P takes every P-th
-    example from p on. Bad samples are replaced and counted. Use as a context manager, or call
-    `close()`: workers and threads end with it.
+    Every epoch of a part has an order of its own; several parts are interleaved by their shares. Of
+    each global batch, process p of P takes every P-th example from p on. Bad samples are replaced
+    and counted. A worker that dies is replaced, and nothing is lost. Use as a context manager, or
+    call `close()`: workers and threads end with it.
 
     Args:
-      source: examples, see `samples.Source`.
-      preprocess: what to make of each.
+      parts: where examples come from.
       batch_size: over all processes; a multiple of `process_count`.
       seed: of order and augmentation.
-      shuffle_block: this many consecutive examples of the source keep together when it is
-        shuffled, so that they are hard negatives of each other; a divisor of their number.
       process_index, process_count: this process among those that train together.
       start_example: global number of examples consumed before; where to go on.
       num_workers: worker processes; 0 for threads in this one.
-      max_bad_share: bad among examined examples, above which the run stops.
+      max_bad_share: bad among examined examples of a part, above which the run stops.
       prefetch: batches made ahead (by each worker).
       counters: `state()` of the run that goes on, so that its counts do too.
 
+    Attributes:
+      examples_seen: global number of examples, those of earlier processes of the run included.
+      examined, drawn: of each part by its name, the examples looked at and those in batches.
+      skipped, converted: by reason; of several parts by "part/reason".
+      restarts: how often workers were started anew because one had died.
+
     Raises:
-      RunStopped: from `next`, when too many examples are bad.
+      RunStopped: from `next`, when too many examples are bad, or workers die again and again.
     """
 
     def __init__(
         self,
-        source: Source,
-        preprocess: Preprocess,
+        parts: Sequence[Part],
         *,
         batch_size: int,
         seed: int,
-        shuffle_block: int = 1,
         process_index: int = 0,
         process_count: int = 1,
         start_example: int = 0,
@@ -138,48 +221,27 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             raise ValueError(f"{process_count} processes do not divide batch_size={batch_size}")
         counters = counters or {}
         self.examples_seen = start_example
-        self.examined = int(counters.get("examined", 0))
-        self.skipped = Counter(counters.get("skipped", {}))
-        self.converted = Counter(counters.get("converted", {}))
-        self._first_bad = ""
+        self.restarts = int(counters.get("restarts", 0))
+        for name in ("examined", "drawn", "skipped", "converted"):
+            setattr(self, name, Counter(counters.get(name, {})))
+        self._parts = parts
+        self._first_bad: dict[str, str] = {}
         self._batch_size = batch_size
-        self._rows = batch_size // process_count
         self._max_bad_share = max_bad_share
-        self._min_examined = min(_MIN_EXAMINED, len(source))
-        if "image" not in preprocess.fields and hasattr(source, "without_images"):
-            source = source.without_images()
-        dataset = (
-            _shuffled(len(source), shuffle_block, seed)
-            .seed(seed)
-            .repeat()
-            # Before any slice: the generator of an example follows from its global index.
-            .random_map(_LoadExample(source, preprocess))[start_example:]
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._process = process_index, process_count
+        examples = [_examples(part, number, seed) for number, part in enumerate(parts)]
+        self._examples = (
+            examples[0]
+            if len(parts) == 1
+            else grain.MapDataset.mix(examples, [part.share for part in parts])
         )
-        dataset = (
-            dataset[process_index::process_count]
-            .batch(self._rows, drop_remainder=True, batch_fn=_stack)
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
-            )
-        )
-        if num_workers:
-            # Grain's workers read absl flags, which only absl's own `app.run` parses.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=num_workers, per_worker_buffer_size=prefetch
-                ),
-                worker_init_fn=_end_with_parent,
-            )
-        self._iterator = iter(dataset)
+        self._iterator = self._start()
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
-        counts = dict(zip(_COUNTED, batch["counts"].tolist()))
-        self.skipped.update({name: counts[name] for name in SKIP_REASONS if counts[name]})
-        self.converted.update({name: counts[name] for name in CONVERSIONS if counts[name]})
-        self.examined += self._rows + sum(counts[name] for name in SKIP_REASONS)
+        batch = self._next_batch()
+        for number, part in enumerate(self._parts):
+            self._count(part, int(batch["drawn"][number]), batch["counts"][number].tolist())
         self._stop_if_too_many_are_bad(batch)
         self.examples_seen += self._batch_size
         # Plain arrays, since those of workers lie in shared memory that Grain frees late.
@@ -192,10 +254,18 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         """
         return {
             "examples_seen": self.examples_seen,
-            "examined": self.examined,
+            "examined": dict(self.examined),
+            "drawn": dict(self.drawn),
             "skipped": dict(self.skipped),
             "converted": dict(self.converted),
+            "restarts": self.restarts,
         }
+
+    def shares(self) -> dict[str, float]:
+        """The share of each part in what this process has drawn so far; {} where there is one."""
+        if len(self._parts) == 1:
+            return {}
+        return {part.name: self.drawn[part.name] / self.drawn.total() for part in self._parts}
 
     def close(self) -> None:
         self._iterator.close()
@@ -206,21 +276,72 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
-        bad = self.skipped.total()
-        none_found = batch["arrays"] is None
-        self._first_bad = self._first_bad or batch["first_bad"]
-        judged = self.examined >= self._min_examined and bad > self._max_bad_share * self.examined
-        if not (none_found or judged):
-            return
-        reasons = counts_as_text(self.skipped)
-        first = f"; one of them: {self._first_bad}" if self._first_bad else ""
-        what = (
-            f"none of {_MAX_TRIES} in a row could be used"
-            if none_found
-            else f"above data.max_bad_share={self._max_bad_share:g}"
+    def _start(self) -> grain.DatasetIterator:
+        """Batches from the position on."""
+        index, count = self._process
+        threads = min(2, self._prefetch)
+        dataset = (
+            self._examples[self.examples_seen :][index::count]
+            .batch(
+                self._batch_size // count, drop_remainder=True, batch_fn=_Stack(len(self._parts))
+            )
+            .to_iter_dataset(
+                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+            )
         )
+        if self._num_workers:
+            # Grain's workers read absl flags, which only absl's own `app.run` parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(
+                num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
+            )
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        return iter(dataset)
+
+    def _next_batch(self) -> dict[str, Any]:
+        for _ in range(_MAX_DEATHS):
+            try:
+                return next(self._iterator)
+            except RuntimeError as error:
+                if _DEATH not in str(error):
+                    raise
+                self.restarts += 1
+                self._iterator.close()
+                self._iterator = self._start()
         raise RunStopped(
-            f"{bad} of {self.examined} examples ({bad / self.examined:.1%}) were bad: {reasons}, "
-            f"{what}{first}; fix the data or raise data.max_bad_share"
+            f"Worker processes were killed {_MAX_DEATHS} times in a row while they prepared the "
+            f"batch behind example {self.examples_seen}: look for a lack of memory (a smaller "
+            "data.num_workers needs less), or set data.num_workers=0 to see what ends them."
         )
+
+    def _count(self, part: Part, drawn: int, counts: Sequence[int]) -> None:
+        self.drawn[part.name] += drawn
+        self.examined[part.name] += drawn
+        for name, count in zip(_COUNTED, counts, strict=True):
+            if count and name in SKIP_REASONS:
+                self.skipped[part.prefix + name] += count
+                self.examined[part.name] += count
+            elif count:
+                self.converted[part.prefix + name] += count
+
+    def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
+        for number, part in enumerate(self._parts):
+            if first := batch["first_bad"][number]:
+                self._first_bad.setdefault(part.name, first)
+            skipped = Counter({r: self.skipped[part.prefix + r] for r in SKIP_REASONS})
+            bad, examined = skipped.total(), self.examined[part.name]
+            judged = examined >= min(_MIN_EXAMINED, len(part.source))
+            if batch["lost"][number]:
+                what = f"none of {_MAX_TRIES} in a row could be used"
+            elif judged and bad > self._max_bad_share * examined:
+                what = f"above data.max_bad_share={self._max_bad_share:g}"
+            else:
+                continue
+            of_part = f" of {part.name}" if part.name else ""
+            first = self._first_bad.get(part.name)
+            raise RunStopped(
+                f"{bad} of {examined} examples{of_part} ({bad / examined:.1%}) were bad: "
+                f"{counts_as_text(+skipped)}, {what}{f'; one of them: {first}' if first else ''}; "
+                "fix the data or raise data.max_bad_share"
+            )

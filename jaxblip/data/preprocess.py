@@ -19,12 +19,13 @@ from jaxblip.data.text import (
     fill_prompt,
     join_prompt,
 )
-from jaxblip.data.tokenizers import TextEncoder
+from jaxblip.data.tokenizers import TextEncoder, padded_row
 
 FIELDS = (
     "image",
     "text_ids",
     "text_mask",
+    "segment_ids",
     "input_ids",
     "input_mask",
     "image_id",
@@ -43,6 +44,7 @@ class Preprocess:
       image_size_px: side of the images: uint8 [size, size, 3].
       encoder: texts to ids; needed for all fields but "image" and "image_id".
       prompt: stands before every caption, and {} in it for the example's instruction.
+      templates: prompts, of which one is drawn each time in the place of `prompt`; () for none.
       max_words: of a caption or an instruction, without the prompt; 0 leaves both as they are
         written.
       captions_per_text: captions of one image that follow each other in its text.
@@ -64,6 +66,7 @@ class Preprocess:
     image_size_px: int = 224
     encoder: TextEncoder | None = None
     prompt: str = ""
+    templates: tuple[str, ...] = ()
     max_words: int = 50
     captions_per_text: int = 1
     max_input_tokens: int = 0
@@ -96,8 +99,8 @@ class Preprocess:
             cannot be decoded.
         """
         captions = self._captions(example["captions"], rng)
-        instruction = self._instruction(example)
-        prompt = fill_prompt(self.prompt, instruction)
+        prompts, instruction = self.prompts(example)
+        prompt = prompts[int(rng.integers(len(prompts)))] if len(prompts) > 1 else prompts[0]
         texts, skip, arrays = [join_prompt(prompt, caption) for caption in captions], 0, {}
         if self._has("input"):
             inputs, texts = self._divided(captions, prompt, rng)
@@ -106,6 +109,8 @@ class Preprocess:
             skip = max(0, len(self.encoder.prompt_ids(prompt)) - self.max_instruction_tokens)
         if self._has("text"):
             arrays["text_ids"], arrays["text_mask"] = self.encoder.row(texts, skip)
+            # One text; `packing` puts several in a row. 0 is padding.
+            arrays["segment_ids"] = arrays["text_mask"].astype(np.int32)
         if "prompt_length" in self.fields:
             arrays["prompt_length"] = np.int32(self.encoder.prompt_length(prompt, skip))
         if self._has("instruction"):
@@ -117,16 +122,22 @@ class Preprocess:
             arrays["image"] = self._image(example["image"], rng, conversions)
         return {field: arrays[field] for field in self.fields}
 
+    def prompts(self, example: dict[str, Any]) -> tuple[list[str], str]:
+        """What may stand before its captions, and the instruction, where either reads that.
+
+        Raises:
+          BadSample: an instruction is read and has no word.
+        """
+        prompts, instruction = self.templates or (self.prompt,), ""
+        by_itself = self._has("instruction") and not all(prompts)
+        if by_itself or any(INSTRUCTION in prompt for prompt in prompts):
+            instruction = clean_question(example["instruction"], self.max_words).strip()
+            if not instruction:
+                raise BadSample("empty instruction", f"captions {list(example['captions'])}")
+        return [fill_prompt(prompt, instruction) for prompt in prompts], instruction
+
     def _has(self, name: str) -> bool:
         return not {f"{name}_ids", f"{name}_mask"}.isdisjoint(self.fields)
-
-    def _instruction(self, example: dict[str, Any]) -> str:
-        """That of the example, where the prompt or a field reads it."""
-        if not (INSTRUCTION in self.prompt or (self._has("instruction") and not self.prompt)):
-            return ""
-        if found := clean_question(example["instruction"], self.max_words).strip():
-            return found
-        raise BadSample("empty instruction", f"captions {list(example['captions'])}")
 
     def _captions(self, captions: Sequence[str], rng: np.random.Generator) -> list[str]:
         """The first `captions_per_text` that have a word, in random order, without the prompt."""
@@ -154,9 +165,7 @@ class Preprocess:
 
     def _input_row(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = input_tokens(self.encoder, texts, self.max_input_tokens)
-        padding = self.max_input_tokens - len(tokens)
-        ids = np.array(tokens + [self.encoder.pad_id] * padding, np.int32)
-        return ids, np.arange(self.max_input_tokens) < len(tokens)
+        return padded_row(tokens, self.max_input_tokens, self.encoder.pad_id)
 
     def _image(
         self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter

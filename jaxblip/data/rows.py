@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
+import errno
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from jaxblip.data.json_text import shown_json
 from jaxblip.data.samples import BadSample
 from jaxblip.data.storage import join, read_bytes
 from jaxblip.errors import UserError
@@ -27,6 +27,7 @@ COLUMNS = {
 }
 # An instruction or None, and the texts that belong to it. The first that a row has in full counts.
 _FORMS = (("question", "answers"), ("instruction", "output"), (None, "captions"))
+MAX_IMAGE_BYTES = 1 << 28  # of an encoded image, before anything of it is read
 _TEXTS = ("captions", "question", "answers", "instruction", "output")
 EXAMPLES = {
     "question": '{"image": "pictures/1.jpg", "question": "what is on the mat?", "answer": "a cat"}',
@@ -98,15 +99,33 @@ class RowSource:
         except BadRow as bad:
             raise BadSample("bad row", f"{self._rows.place(index)}: {bad}") from bad
         example = texts_of(row, self._columns)
+        if self.has_instructions:  # of a row without one it is empty, and so a bad sample
+            example.setdefault("instruction", "")
         example["image_id"] = image_id(row, self._columns)
         if self._images:
             image = _value(row, self._columns, "image")
             try:
                 example["image"] = load_image(image, self._rows.folder)
-            except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-                detail = f"{image!r:.200}, of {self._rows.place(index)}"
-                raise BadSample("missing image", detail) from error
+            except (OSError, ValueError) as error:
+                too_long = isinstance(error, OSError) and error.errno == errno.EFBIG
+                reason = "gigantic image" if too_long else "missing image"
+                why = getattr(error, "strerror", None) or error
+                detail = f"{image!r:.200} ({why!s:.200}), of {self._rows.place(index)}"
+                raise BadSample(reason, detail) from error
         return example
+
+    def place(self, index: int) -> str:
+        """Where an example stands, and the path of its image, where that is no part of it."""
+        place = self._rows.place(index)
+        try:
+            image = _value(self._rows[index], self._columns, "image")
+        except BadSample:
+            return place
+        if isinstance(image, Mapping):
+            image = image.get("path")
+        if not isinstance(image, str) or image.startswith("data:") or place.endswith(image):
+            return place
+        return f"{image!r:.200} in {place}"
 
     def without_images(self) -> RowSource:
         source = object.__new__(RowSource)
@@ -143,6 +162,8 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) ->
     Raises:
       BadRow: it has no image, no texts, or a value of another type.
     """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"no object: {shown_json(row)}")
     form = _form(row, columns)
     image = _column(row, columns, "image")
     if image is None or form is None:
@@ -151,7 +172,7 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) ->
         else:
             lacks, example = f'"{columns["image"][0]}"', EXAMPLES[form[0]]
         has = ", ".join(f'"{name}"' for name in row) or "nothing"
-        raise BadRow(f"no {lacks}, the line has {has}; write it like {example}")
+        raise BadRow(f"no {lacks}, the line has {has:.300}; write it like {example}")
     instruction, texts = form
     _check_image(image, row[image])
     if instruction is not None:
@@ -161,8 +182,8 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) ->
     _check_texts(column, row[column], columns[texts])
     column = _column(row, columns, "image_id")
     if column is not None:
-        known = isinstance(row[column], int | str | None)
-        _check(known, column, row[column], "a number or a text")
+        known = isinstance(row[column], int | str | None) or _is_whole(row[column])
+        _check(known, column, row[column], "a whole number or a text")
     return instruction
 
 
@@ -171,9 +192,10 @@ def texts_of(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> 
     instruction, texts = _form(row, columns)
     value = _value(row, columns, texts)
     # A list without captions is a sample without a caption: bad, but no defect of the file.
-    example = {"captions": [value] if isinstance(value, str) else list(value) or [""]}
+    captions = [value] if isinstance(value, str) else value or [""]
+    example = {"captions": [_encodable(caption) for caption in captions]}
     if instruction is not None:
-        example["instruction"] = _value(row, columns, instruction)
+        example["instruction"] = _encodable(_value(row, columns, instruction))
     return example
 
 
@@ -184,6 +206,7 @@ def image_id(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> 
     the bytes of the image.
     """
     given = _value(row, columns, "image_id")
+    given = int(given) if _is_whole(given) else given
     if isinstance(given, int) and 0 <= given < 2**63:
         return given
     key = ("image", _value(row, columns, "image")) if given is None else ("id", given)
@@ -207,11 +230,14 @@ def load_image(image: str | bytes | Mapping[str, Any], folder: str) -> bytes:
     if isinstance(image, bytes):
         return image
     if image.startswith("data:"):
+        form, found, text = image.partition(";base64,")
+        if not found:
+            raise ValueError(f"a data: URL without ;base64, behind {form[:40]!r}")
         try:
-            return base64.b64decode(image.partition(";base64,")[2], validate=True)
-        except binascii.Error as error:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except ValueError as error:
             raise ValueError(f"no base64: {error}") from error
-    return read_bytes(join(folder, image))
+    return read_bytes(join(folder, image), most=MAX_IMAGE_BYTES)
 
 
 def _column(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]], field: str):
@@ -248,10 +274,21 @@ def _lacks(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> tu
     return named("captions"), EXAMPLES[None]
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether it is a number such as 5.0, as tables have where some numbers are missing."""
+    return isinstance(value, float) and value.is_integer()
+
+
+def _encodable(text: str) -> str:
+    """The text without halves of characters, which JSON can escape and no encoding has."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _check(good: bool, column: str, value: Any, wanted: str) -> None:
     if not good:
-        shown = json.dumps(value, default=str, ensure_ascii=False)[:60]
-        raise BadRow(f'"{column}" is {shown}, not {wanted}')
+        raise BadRow(f'"{column}" is {shown_json(value)}, not {wanted}')
 
 
 def _check_image(column: str, value: Any) -> None:

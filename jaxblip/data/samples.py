@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Protocol
 
+from jaxblip.data.storage import shown
+
 SKIP_REASONS = (
     "bad row",
     "unreadable row",
@@ -44,6 +46,25 @@ def counts_as_text(counts: Counter) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
+class LeftOut:
+    """Counts what a source leaves out when it is opened, with the first of each kind."""
+
+    def __init__(self):
+        self._counts, self._first = Counter(), {}
+
+    def add(self, what: str, where: str) -> None:
+        """Counts one of `what`, in the plural, such as "images without captions"."""
+        self._counts[what] += 1
+        self._first.setdefault(what, shown(where)[:200])
+
+    def sentences(self, source: str) -> list[str]:
+        """One about each kind, for the `problems` of `source`."""
+        return [
+            f"{source}: {count:,} {what} left out, such as {self._first[what]}"
+            for what, count in self._counts.items()
+        ]
+
+
 class Source(Protocol):
     """Random access to examples; small when pickled, because every worker gets a copy.
 
@@ -55,7 +76,8 @@ class Source(Protocol):
     all have one, `has_instructions` is True.
 
     A source may also have `without_images()`, which returns a copy of itself whose examples lack
-    "image": what runs on text alone asks for it.
+    "image": what runs on text alone asks for it; `place(index)`, which says where an example
+    stands; and `problems`, sentences about what was left out when it was opened.
     """
 
     def __len__(self) -> int: ...

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from jaxblip.data.tokenizers import (
 )
 from jaxblip.errors import UserError
 from jaxblip.interop.export import export_run
+from jaxblip.interop.parts import lacking_parts, with_part
 from jaxblip.interop.processors import find_image_processing
-from jaxblip.interop.published import Published, open_published
+from jaxblip.interop.published import LAVIS_NAMES, Published, open_published
+from jaxblip.models.opt import OptConfig
 from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS, make_task
 from jaxblip.training.adopt import published_sections, tokenizer_or_error
 from jaxblip.training.checkpoints import FOLDER, save_config
@@ -47,6 +49,9 @@ def convert(
     *,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    qformer_tokenizer: str | None = None,
+    vision: str | None = None,
+    language_model: str | None = None,
     step: int | None = None,
 ) -> list[str]:
     """Writes weights in the other form: those of a run for transformers, all others as a run.
@@ -58,6 +63,9 @@ def convert(
       target: a folder that does not exist, or is empty.
       dtype: of the weights, one of `DTYPES`; None keeps that of the source.
       tokenizer: name or folder of the tokenizer, for weights that come without one.
+      qformer_tokenizer: likewise that of the Q-Former of InstructBLIP.
+      vision: source of the image encoder, for weights that come without one.
+      language_model: likewise of the language model; its tokenizer comes with it.
       step: of a run, by default the latest.
 
     Returns:
@@ -72,29 +80,48 @@ def convert(
         raise UserError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}: choose one.")
     kind = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
     is_run = (Path(source) / FOLDER).is_dir()
-    if is_run and tokenizer:
-        raise UserError(f"{source!r} is a run and has a tokenizer: leave out --tokenizer.")
+    parts = {"vision": vision, "language_model": language_model}
+    parts = {section: name for section, name in parts.items() if name}
+    tokenizers = {"tokenizer": tokenizer, "qformer_tokenizer": qformer_tokenizer}
+    given = [name for name, value in (tokenizers | parts).items() if value]
+    if is_run and given:
+        option = given[0].replace("_", "-")
+        raise UserError(f"{source!r} is a run and is whole: leave out --{option}.")
     with _new_folder(target) as folder:
         if is_run:
             params, lines = export_run(source, folder, kind, step)
         else:
-            params, lines = _import(source, folder, kind, tokenizer)
+            params, lines = _import(source, parts, folder, kind, **tokenizers)
     lines += _summary(params, kind)
     return [*lines, f"Written to {target} in {time.monotonic() - begin:.1f} s."]
 
 
 def _import(
-    source: str, folder: Path, dtype: np.dtype | None, tokenizer_name: str | None
+    source: str,
+    parts: Mapping[str, str],
+    folder: Path,
+    dtype: np.dtype | None,
+    tokenizer: str | None,
+    qformer_tokenizer: str | None,
 ) -> tuple[Params, list[str]]:
     published = open_published(source)
+    others = {section: open_published(name) for section, name in parts.items()}
+    of_text = others.get("language_model", published)
+    for section, other in others.items():
+        published = with_part(published, section, other)
     _check_is_whole(published)
-    if tokenizer_name is None:
-        tokenizer = tokenizer_or_error(published)
-    else:
-        tokenizer = load_tokenizer(tokenizer_name)
-    qformer_tokenizer = None
+    tokenizer = load_tokenizer(tokenizer) if tokenizer else tokenizer_or_error(of_text)
     if published.task == "instruct":
-        qformer_tokenizer = tokenizer_or_error(published, published.tokenizers["qformer"])
+        beside = published.tokenizers["qformer"]
+        qformer_tokenizer = (
+            load_tokenizer(qformer_tokenizer)
+            if qformer_tokenizer
+            else tokenizer_or_error(published, beside)
+        )
+    elif qformer_tokenizer:
+        raise UserError(
+            f"The task {published.task} has one tokenizer: leave out --qformer-tokenizer."
+        )
     config = published_config(published, tokenizer, qformer_tokenizer)
     with config.unlocked():
         is_full = (dtype or _main_dtype(published)).itemsize >= 4
@@ -117,12 +144,16 @@ def _import(
         "revision": published.weights.revision,
         "class": published.name,
         "resizing": published.resizing,
+        **({"parts": dict(parts)} if parts else {}),
     }
     (folder / CONVERTED_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     lines = [f"{source} holds {published.name}: written as a run of the task {config.task}."]
     if missing:
         names = ", ".join(prefixes(missing, stored))
         lines.append(f"It has no {names}: these parameters are random.")
+    if unused := published.paths.difference(flat):
+        names = ", ".join(prefixes(sorted(unused), flat))
+        lines.append(f"A run of {config.task} has no place for {names}: left behind.")
     return params, lines
 
 
@@ -169,7 +200,8 @@ def published_config(
     if published.task in BLIP_TASKS:
         add_blip_tokens(tokenizer)
         if "enc_token_id" in model:
-            model.enc_token_id = 0  # none, as transformers computes
+            # None, as transformers computes, unless the weights are BLIP's own.
+            model.enc_token_id = published.fields.get("enc_token_id", 0)
         if "max_instruction_tokens" in data:
             limit = model.text.max_positions
             data.max_instruction_tokens = min(data.max_instruction_tokens, limit)
@@ -188,6 +220,10 @@ def _stop_token(published: Published, tokenizer: Any) -> str:
     """The text of the token that ends a caption, where it is not the tokenizer's end token."""
     fields = published.weights.config
     stop = (fields.get("text_config") or fields).get("eos_token_id")
+    is_opt = isinstance(published.configs["language_model"], OptConfig)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if is_opt and published.name == LAVIS_NAMES["stage2"] and len(newline) == 1:
+        (stop,) = newline  # as in its code; transformers' classes have it in their config
     if not isinstance(stop, int) or stop == tokenizer.eos_token_id or stop >= len(tokenizer):
         return ""
     text = tokenizer.decode([stop])
@@ -196,15 +232,18 @@ def _stop_token(published: Published, tokenizer: Any) -> str:
 
 
 def _check_is_whole(published: Published) -> None:
-    lacking = [name for name in ("vision",) if published.task == "stage1"]
-    if published.task and all(name in published.configs for name in lacking):
-        return
-    fields = [name for name in ("vision", "qformer") if name in published.configs]
-    what = "is one part of a model" if not published.task else "comes without its image encoder"
-    raise UserError(
-        f"{published.weights.source!r} ({published.name}) {what}, which is no run by itself: name "
-        f"it in {' or '.join(f'config.init.{name}' for name in fields)} of a training."
-    )
+    name = f"{published.weights.source!r} ({published.name})"
+    here = [f"config.init.{part}" for part in ("vision", "qformer") if part in published.configs]
+    training = f"name it in {' or '.join(here)} of a training"
+    if not published.task:
+        raise UserError(f"{name} is one part of a model, which is no run by itself: {training}.")
+    if lacking := lacking_parts(published):
+        what = " and ".join(part.replace("_", " ") for part in lacking)
+        options = " ".join(f"--{part.replace('_', '-')}=SOURCE" for part in lacking)
+        fields = " and ".join(f"config.init.{part}=SOURCE" for part in lacking)
+        raise UserError(
+            f"{name} comes without a {what}: add {options}, or {training}, with {fields}."
+        )
 
 
 def _main_dtype(published: Published) -> np.dtype:

@@ -85,7 +85,7 @@ def export_run(
       UserError: the run cannot be read, or no class has its model.
     """
     config, step = read_config(workdir, step)
-    task, tokenizer = make_task(config), inputs.run_tokenizer(config, workdir, source=None)
+    task, tokenizer = make_task(config), inputs.run_tokenizer(config, workdir, sources=())
     params, notes = run_params(task, workdir, step)
     target = _target(task, tokenizer)
     if dtype is None:
@@ -93,7 +93,7 @@ def export_run(
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     left = save_params(params, target.layout, folder, target.config, dtype=dtype)
     save_tokenizer(tokenizer, folder)
-    if (other := inputs.run_qformer_tokenizer(config, workdir, source=None)) is not None:
+    if (other := inputs.run_qformer_tokenizer(config, workdir, sources=())) is not None:
         save_tokenizer(other, folder / inputs.QFORMER_TOKENIZER_FOLDER)  # as the processor has it
     if "vision" in config.model:
         _write_processor(config, target, folder)

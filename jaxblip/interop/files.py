@@ -52,9 +52,11 @@ DTYPES: dict[str, np.dtype] = {
 # subfolders, of which only `qformer_tokenizer/` is wanted.
 FETCHED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 NOT_FETCHED = ("[!q]*/*",)
-REPOSITORY = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 GGUF_SUFFIX = ".gguf"
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES, GGUF_SUFFIX)
+HUB = "hf:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +103,19 @@ def open_weights(source: str | os.PathLike) -> Weights:
     Args:
       source: a folder with a config.json and safetensors (one file, or several with an index); a
         .safetensors file; a PyTorch file of weights, such as a LAVIS `.pth`; a .gguf file
-        (`interop.gguf`); or the name of a Hugging Face repository, with `@revision` behind it or
-        not, and with `hf:` before it where a folder has the same name. `HF_HUB_OFFLINE=1` takes it
-        from the cache alone.
+        (`interop.gguf`); or `hf:` and the name of a Hugging Face repository, with `@revision`
+        behind it or not. `HF_HUB_OFFLINE=1` takes it from the cache alone, and so does a name
+        without `hf:`.
 
     Raises:
       UserError: there is nothing of that name, a file is damaged, or it holds more than weights.
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
-    if not name.startswith("hf:") and path.is_dir():
+    is_hub = name.startswith(HUB)
+    if not is_hub and path.is_dir():
         return _open_folder(path, name)
-    if not name.startswith("hf:") and path.is_file():
+    if not is_hub and path.is_file():
         if path.suffix == ".safetensors":
             return _open_safetensors([path], path.parent, name)
         if path.suffix in TORCH_SUFFIXES:
@@ -125,20 +128,36 @@ def open_weights(source: str | os.PathLike) -> Weights:
             f"The file {name!r} is none that weights are read from: name a folder of safetensors, "
             f"or a file that ends with .safetensors, {GGUF_SUFFIX} or {', '.join(TORCH_SUFFIXES)}."
         )
-    repository = REPOSITORY.fullmatch(name.removeprefix("hf:"))
-    if repository is None or path.suffix in (*TORCH_SUFFIXES, GGUF_SUFFIX):
+    repository = REPOSITORY.fullmatch(name.removeprefix(HUB))
+    if repository is None or path.suffix in SUFFIXES:
         raise UserError(
             f"There is no folder or file {name!r}, and it is no name of a Hugging Face repository: "
             "correct the path."
         )
-    folder = _fetch(repository["name"], repository["revision"])
+    # Without `hf:` it may be a mistyped path, which the hub is not asked about.
+    folder = (_fetch if is_hub else _cached)(repository["name"], repository["revision"])
     weights = _open_folder(folder, name)
     return dataclasses.replace(weights, revision=folder.name)
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    """The folder of the cache that holds a Hugging Face repository, after a download if need be."""
+def _cached(name: str, revision: str | None) -> Path:
+    """The folder of the cache that holds a Hugging Face repository."""
     import huggingface_hub  # brings an HTTP client, which local files do without
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        return Path(folder)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"There is no folder or file {name!r}: correct the path, or write hf:{name} for a "
+            "repository of the Hugging Face hub, which is not in the cache."
+        ) from error
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The same, after a download if need be."""
+    import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,

@@ -1,7 +1,7 @@
 """Published checkpoints: what a file of weights is, in jaxblip's terms.
 
-The class in its config.json says which model it holds; the checkpoints of LAVIS, which have no
-config, are told by the names of their tensors.
+The class in its config.json says which model it holds; the files of LAVIS and of BLIP's authors,
+which have no config, are told by the names of their tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ from jaxblip.interop.families.blip2 import (
     blip2_model,
     blip2_retrieval_layout,
     blip2_retrieval_model,
-    lavis_stage1_layout,
 )
+from jaxblip.interop.families.blip_original import is_original_blip, original_blip
 from jaxblip.interop.families.clip import VISION_TYPE as CLIP_VISION
 from jaxblip.interop.families.clip import clip_layout, clip_model, clip_vision_layout
 from jaxblip.interop.families.instructblip import instructblip_layout, instructblip_model
-from jaxblip.interop.families.lavis import lavis_stage1_model
+from jaxblip.interop.families.lavis import (
+    VISION_NORM_EPSILON,
+    is_lavis,
+    lavis_layout,
+    lavis_model,
+)
 from jaxblip.interop.families.llama import llama_config, llama_layout
 from jaxblip.interop.families.opt import opt_config, opt_layout
 from jaxblip.interop.families.siglip import VISION_TYPE as SIGLIP_VISION
@@ -48,13 +53,21 @@ from jaxblip.interop.families.t5 import t5_config, t5_layout
 from jaxblip.interop.families.vision import vit_config
 from jaxblip.interop.files import TensorInfo, Weights, open_weights
 from jaxblip.interop.load import Params, stored_params
+from jaxblip.models.blip import BlipCaptioner, BlipQuestionAnswering, BlipRetrieval
 from jaxblip.models.positions import interpolate_positions
 
 _DTYPE_OF_SIZE = {1: ml_dtypes.bfloat16, 8: np.float32}
 POSITIONS = "vision/position_embedding"
 SECTIONS = ("vision", "text", "qformer", "language_model")  # of `config.model`
-FIELDS = ("vision_norm_epsilon", "embed_dim", "dec_token_id")  # beside them
-LAVIS_STAGE1 = "LAVIS stage 1"
+FIELDS = ("vision_norm_epsilon", "embed_dim", "dec_token_id", "enc_token_id")  # beside them
+# Files without a config.
+LAVIS_NAMES = {
+    "stage1": "LAVIS stage 1",
+    "stage2": "LAVIS stage 2",
+    "instruct": "LAVIS InstructBLIP",
+}
+ORIGINAL_BLIP = "BLIP of its authors"
+QFORMER_TOKENIZER = "qformer_tokenizer"  # folder beside an InstructBLIP, as transformers has it
 BERT = "BertModel"
 
 
@@ -63,7 +76,7 @@ class Published:
     """A published checkpoint.
 
     Attributes:
-      name: the class of transformers that it is of, or `LAVIS_STAGE1`.
+      name: the class of transformers that it is of, or one of `LAVIS_NAMES`, or `ORIGINAL_BLIP`.
       weights: its tensors, none of them read.
       layout: where in the tree of a task they belong.
       task: the task that has the model as a whole; "" where it is but a part of one.
@@ -137,8 +150,10 @@ def open_published(source: str | os.PathLike) -> Published:
       UserError: there is nothing to read, or it holds no model of `PUBLISHED`.
     """
     weights = open_weights(source)
-    if "query_tokens" in weights.tensors and any(n.startswith("Qformer.") for n in weights.tensors):
+    if is_lavis(weights):
         return _lavis(weights)
+    if is_original_blip(weights):
+        return _original_blip(weights)
     weights = _with_key_bias(weights)
     names = [*(weights.config.get("architectures") or ()), weights.config.get("model_type", "")]
     names = [_OF_MODEL_TYPE.get(name, name) for name in names if name]
@@ -154,7 +169,7 @@ def open_published(source: str | os.PathLike) -> Published:
     what = f"a {names[0]}" if names else "of no class that a config.json beside it names"
     raise UserError(
         f"{weights.source!r} is {what}, which jaxblip has no place for: it reads "
-        f"{', '.join(PUBLISHED)}, GGUF files, and the stage-1 .pth files of LAVIS."
+        f"{', '.join(PUBLISHED)}, GGUF files, and the .pth files of LAVIS's BLIP-2 and of BLIP."
     )
 
 
@@ -185,21 +200,38 @@ def _model(
 
 
 def _lavis(weights: Weights) -> Published:
-    model, has_vision = lavis_stage1_model(weights)
-    layout = lavis_stage1_layout(model)
-    if not has_vision:
-        entries = [e for e in layout.entries if not e.ours[0].path.startswith("vision/")]
-        layout = dataclasses.replace(layout, entries=tuple(entries))
+    model = lavis_model(weights)
+    has_text, fields = model.qformer.has_text, {"vision_norm_epsilon": VISION_NORM_EPSILON}
+    if model.projection is None:
+        task, tokenizers = "stage1", {"qformer": ""}
+        fields |= {"embed_dim": model.embed_dim, "dec_token_id": model.qformer.vocab_size - 1}
+    elif has_text:
+        task, tokenizers = "instruct", {"qformer": QFORMER_TOKENIZER}
+    else:
+        task, tokenizers = "stage2", {}
+    configs = {"vision": model.vision, "qformer": model.qformer}
+    is_clip = model.vision is not None and model.vision.pre_norm
     return Published(
-        LAVIS_STAGE1,
+        LAVIS_NAMES[task],
         weights,
-        layout,
-        "stage1",
-        _configs(model, ("vision", "qformer") if has_vision else ("qformer",)),
-        _fields(model),
-        tokenizers={"qformer": ""},
-        resizing="bicubic_align_corners" if model.vision_config.pre_norm else "bicubic",
+        lavis_layout(model),
+        task,
+        {section: config for section, config in configs.items() if config is not None},
+        fields,
+        tokenizers,
+        resizing="bicubic_align_corners" if is_clip else "bicubic",
     )
+
+
+def _original_blip(weights: Weights) -> Published:
+    model, layout = original_blip(weights)
+    task = {
+        BlipCaptioner: "blip_caption",
+        BlipQuestionAnswering: "blip_vqa",
+        BlipRetrieval: "blip_retrieval",
+    }[type(model)]
+    parts = _configs(model), _fields(model)
+    return Published(ORIGINAL_BLIP, weights, layout, task, *parts, {"text": ""})
 
 
 def _siglip(name: str, weights: Weights) -> Published:
@@ -267,7 +299,7 @@ PUBLISHED: dict[str, Callable[[str, Weights], Published]] = {
         "instruct",
         instructblip_model,
         instructblip_layout,
-        {"language_model": "", "qformer": "qformer_tokenizer"},
+        {"language_model": "", "qformer": QFORMER_TOKENIZER},
     ),
     "CLIPModel": partial(_model, "clip", clip_model, clip_layout, {"text": ""}),
     "CLIPVisionModel": partial(_vision, CLIP_VISION, clip_vision_layout),
@@ -305,7 +337,7 @@ def _configs(model: Any, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
 
 
 def _fields(model: Any) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in FIELDS if hasattr(model, name)}
+    return {name: getattr(model, name) for name in FIELDS if getattr(model, name, None) is not None}
 
 
 def _from_bert(published: Published, flat: Mapping[str, Any]) -> Published:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Mask = Bool[Array, "#batch #heads query key"]
 
@@ -44,10 +44,19 @@ def padding_mask(valid: Bool[Array, "batch key"]) -> Mask:
     return valid[:, None, None, :]
 
 
-def causal_mask(valid: Bool[Array, "batch length"]) -> Mask:
-    """Each position sees the valid positions up to itself: `[batch, 1, length, length]`."""
+def causal_mask(
+    valid: Bool[Array, "batch length"], segment_ids: Int[Array, "batch length"] | None = None
+) -> Mask:
+    """Each position sees the valid positions up to itself: `[batch, 1, length, length]`.
+
+    Args:
+      segment_ids: of packed rows; then it sees those of its own segment only.
+    """
     length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None, None] & valid[:, None, None, :]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None] & valid[:, None, None, :]
+    if segment_ids is None:
+        return mask
+    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
 
 
 # The Q-Former's self-attention masks (BLIP-2 paper, Fig. 2). The sequence is

@@ -50,9 +50,16 @@ def continued_hidden(
     language_model: nn.Module,
     embeddings: Float[Array, "batch length width"],
     valid: Bool[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"] | None = None,
 ) -> Float[Array, "batch length width"]:
-    """Hidden states of a decoder-only model over whole sequences; padding may stand anywhere."""
-    hidden, _ = language_model(embeddings, token_positions(valid), causal_mask(valid))
+    """Hidden states of a decoder-only model over whole sequences; padding may stand anywhere.
+
+    Args:
+      segment_ids: of packed rows: which of its texts a token belongs to. Each text lies in one
+        piece, and is read as if it were alone.
+    """
+    positions, mask = token_positions(valid, segment_ids), causal_mask(valid, segment_ids)
+    hidden, _ = language_model(embeddings, positions, mask)
     return hidden
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -75,6 +76,16 @@ class OptLanguageModel(DecoderLanguageModel):
         return embeddings + self.position_embedding(positions + POSITION_OFFSET), mask
 
 
-def token_positions(valid: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """Positions that count only valid tokens; padding (on either side) gets 0 or the last."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+def token_positions(
+    valid: Bool[Array, "batch length"], segment_ids: Int[Array, "batch length"] | None = None
+) -> Int[Array, "batch length"]:
+    """Positions that count only valid tokens; padding (on either side) gets 0 or the last.
+
+    Args:
+      segment_ids: of packed rows, where each segment lies in one piece and begins at 0.
+    """
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    if segment_ids is None:
+        return positions
+    begins = jnp.diff(segment_ids, axis=1, prepend=0) != 0
+    return positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)

@@ -119,6 +119,7 @@ class Task(abc.ABC):
             "image": ((size, size, 3), np.uint8),
             "text_ids": ((length,), np.int32),
             "text_mask": ((length,), np.bool_),
+            "segment_ids": ((length,), np.int32),
             "input_ids": ((input_length,), np.int32),
             "input_mask": ((input_length,), np.bool_),
             "instruction_ids": ((instruction_length,), np.int32),
@@ -139,7 +140,7 @@ class Task(abc.ABC):
     def model_inputs(self, batch: Batch) -> tuple[Array, ...]:
         """The batch as the arguments of the model's `__call__`."""
         inputs = [self.normalize_images(batch["image"])] if "image" in batch else []
-        texts = ("text_ids", "text_mask", "input_ids", "input_mask")
+        texts = ("text_ids", "text_mask", "segment_ids", "input_ids", "input_mask")
         return (*inputs, *(batch[field] for field in texts if field in batch))
 
     def normalize_images(self, images: UInt8[Array, "batch height width 3"]) -> Images:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxblip.errors import UserError
 from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.models.language_models import (
     LanguageModelConfig,
@@ -26,16 +27,22 @@ class TextModel(nn.Module):
     def setup(self):
         self.language_model = make_language_model(self.config, self.dtype)
 
-    def __call__(self, text_ids, text_valid, input_ids=None, input_valid=None):
+    def __call__(self, text_ids, text_valid, *others):
         """Logits `[batch, text, vocab]`.
 
         Of a decoder-only model, position t scores the token t + 1; of an encoder-decoder model,
         whose encoder reads the input, the token t.
+
+        Args:
+          others: ids and mask of an encoder's input; for a decoder-only model the segment ids of
+            packed rows, or nothing.
         """
         model = self.language_model
         if self.config.is_encoder_decoder:
+            input_ids, input_valid = others
             return answer_logits(model, model.embed(input_ids), input_valid, text_ids)
-        return model.logits(continued_hidden(model, model.embed(text_ids), text_valid))
+        hidden = continued_hidden(model, model.embed(text_ids), text_valid, *others)
+        return model.logits(hidden)
 
 
 class LanguageModelTask(Task):
@@ -49,7 +56,23 @@ class LanguageModelTask(Task):
     def fields(self) -> tuple[str, ...]:
         if self.model.config.is_encoder_decoder:
             return ("text_ids", "text_mask", "input_ids", "input_mask")
-        return ("text_ids", "text_mask")
+        packed = ("segment_ids",) if self.config.data.packing else ()
+        return ("text_ids", "text_mask", *packed)
+
+    def _check(self) -> None:
+        super()._check()
+        data = self.config.data
+        if data.packing and language_model_config(self.config).is_encoder_decoder:
+            raise UserError(
+                "data.packing=True needs a decoder-only language model, opt or llama, because an "
+                "encoder reads the input of one text: set --config.data.packing=False."
+            )
+        if data.packing and data.captions_per_text != 1:
+            raise UserError(
+                f"data.packing=True makes every caption a text of its own, and "
+                f"data.captions_per_text={data.captions_per_text} one text of several: set one of "
+                "them to its default, False or 1."
+            )
 
     def build_model(self) -> TextModel:
         return TextModel(language_model_config(self.config), self.dtype)
@@ -72,7 +95,10 @@ class LanguageModelTask(Task):
 
     def _scored(self, params, *texts, rng=None):
         """Logits, the tokens that they score, and which of them count: `[batch, tokens, ...]`."""
-        logits, (text_ids, text_mask, *_) = self.apply(params, *texts, rng=rng), texts
+        logits, (text_ids, text_mask, *others) = self.apply(params, *texts, rng=rng), texts
         if self.model.config.is_encoder_decoder:
             return logits, text_ids, text_mask
-        return logits[:, :-1], text_ids[:, 1:], text_mask[:, 1:]
+        counts = text_mask[:, 1:]
+        for segment_ids in others:  # of packed rows, where no text continues the one before
+            counts = counts & (segment_ids[:, 1:] == segment_ids[:, :-1])
+        return logits[:, :-1], text_ids[:, 1:], counts

@@ -111,7 +111,7 @@ def _batches(setup: Setup, position: dict[str, Any] | None) -> TrainBatches:
     return inputs.train_batches(
         setup.config,
         setup.task.fields,
-        setup.source,
+        setup.sources,
         setup.tokenizer,
         sharding.process_shard(setup.mesh),
         position,

@@ -111,12 +111,20 @@ def _grouped(metrics: Mapping[str, float]) -> dict[str, float]:
     return {n if n in _UNGROUPED else f"train/{n}": value for n, value in metrics.items()}
 
 
-def _data_counts(batches: TrainBatches) -> dict[str, int]:
+def _data_counts(batches: TrainBatches) -> dict[str, float]:
     counts = batches.skipped + batches.converted
-    return {f"data/{name.replace(' ', '_')}": count for name, count in sorted(counts.items())}
+    counted = {f"data/{name.replace(' ', '_')}": count for name, count in sorted(counts.items())}
+    if batches.restarts:
+        counted["data/worker_restarts"] = batches.restarts
+    return counted | {f"data/share/{name}": share for name, share in batches.shares().items()}
 
 
 def _data_report(batches: TrainBatches) -> Iterator[str]:
     for what, counter in (("skipped", batches.skipped), ("converted", batches.converted)):
         if counter:
-            yield f"Examples {what}: {counts_as_text(counter)} (of {batches.examined} examined)."
+            examined = batches.examined.total()
+            yield f"Examples {what}: {counts_as_text(counter)} (of {examined} examined)."
+    if shares := batches.shares():
+        yield "Examples by source: " + ", ".join(f"{n} {share:.2%}" for n, share in shares.items())
+    if batches.restarts:
+        yield f"Worker processes that died and were replaced: {batches.restarts}."

@@ -137,8 +137,8 @@ def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     apply_overrides(config, overrides)
     task = make_task(config)
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = inputs.run_tokenizer(config, workdir, source=None)
-    qformer_tokenizer = inputs.run_qformer_tokenizer(config, workdir, source=None)
+    tokenizer = inputs.run_tokenizer(config, workdir, sources=())
+    qformer_tokenizer = inputs.run_qformer_tokenizer(config, workdir, sources=())
 
     saved = saved_params(f"{workdir}/{FOLDER}/{step}")
     params = put_params(saved, sharding.tree_shardings(saved, mesh))

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from jaxblip import sharding
 from jaxblip.config import MAY_CHANGE_ON_RESUME
-from jaxblip.data import inputs
-from jaxblip.data.samples import Source
+from jaxblip.data import inputs, mixture
+from jaxblip.data.mixture import TrainSource
 from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
 from jaxblip.training import checkpoints, environment
@@ -50,7 +50,7 @@ class Setup:
     config: ConfigDict  # with the fields that the tokenizer decides
     workdir: str
     mesh: Mesh
-    source: Source
+    sources: list[TrainSource]
     tokenizer: Any
     qformer_tokenizer: Any  # where the Q-Former has another one, else None
     task: Task
@@ -76,22 +76,22 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     adopts_sizes = any(is_published(name) or is_converted(name) for name in config.init.values())
     if not adopts_sizes:
         _check_model(config)
-    source = inputs.open_train_source(config)
+    sources = inputs.open_train_sources(config)
     adopted = adopt_sources(config)
     if adopts_sizes:  # they are known only now, after a download perhaps
         _check_model(adopted.config)
-    tokenizer = inputs.run_tokenizer(adopted.config, workdir, source, adopted.tokenizer)
+    tokenizer = inputs.run_tokenizer(adopted.config, workdir, sources, adopted.tokenizer)
     qformer_tokenizer = inputs.run_qformer_tokenizer(
-        adopted.config, workdir, source, adopted.qformer_tokenizer
+        adopted.config, workdir, sources, adopted.qformer_tokenizer
     )
     config = inputs.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     if jax.process_index() == 0:
-        for line in (*adopted.lines, *getattr(source, "problems", ())):
+        for line in (*adopted.lines, *mixture.lines(sources)):
             print(line)
     tokenizers = tokenizer, qformer_tokenizer
-    return Setup(config, workdir, mesh, source, *tokenizers, task, schedule, optimizer)
+    return Setup(config, workdir, mesh, sources, *tokenizers, task, schedule, optimizer)
 
 
 def _check_writable(workdir: str) -> None:

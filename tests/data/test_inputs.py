@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxblip.config import default_config
 from jaxblip.data import inputs
-from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.mixture import TrainSource
+from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess, input_tokens
 from jaxblip.data.shapes import ShapesSource
 from jaxblip.data.tokenizers import save_tokenizer, train_wordpiece
@@ -41,8 +42,13 @@ def make_config(task="stage2", language_model="t5", **data):
     return config
 
 
+def sources_of(config):
+    return [TrainSource("", config, SOURCE, 1.0)]
+
+
 def take(config, tokenizer, number=10, fields=FIELDS, position=None):
-    with inputs.train_batches(config, fields, SOURCE, tokenizer, (0, 1), position) as batches:
+    settings = (config, fields, sources_of(config), tokenizer, (0, 1), position)
+    with inputs.train_batches(*settings) as batches:
         return list(itertools.islice(batches, number))
 
 
@@ -113,9 +119,9 @@ def test_the_division_belongs_to_the_example(tokenizer):
 
 def test_a_caption_is_divided_anew_in_each_epoch(tokenizer):
     one = ShapesSource("train", 24, size=1)
-    with inputs.train_batches(
-        make_config(), FIELDS, one, tokenizer, (0, 1), None
-    ) as batches:
+    config = make_config()
+    sources = [TrainSource("", config, one, 1.0)]
+    with inputs.train_batches(config, FIELDS, sources, tokenizer, (0, 1), None) as batches:
         batch = next(batches)
     assert len(set(map(bytes, batch["input_ids"]))) > 4
 
@@ -186,7 +192,7 @@ def test_what_is_not_divided_is_drawn_as_before(tokenizer):
     preprocess = Preprocess(
         ("text_ids", "image"), encoder=inputs.text_encoder(config, tokenizer), image_size_px=224
     )
-    with TrainBatches(SOURCE, preprocess, batch_size=20, seed=config.seed) as batches:
+    with TrainBatches([Part(SOURCE, preprocess)], batch_size=20, seed=config.seed) as batches:
         expected = next(batches)
     for field, array in expected.items():
         np.testing.assert_array_equal(batch[field], array)
@@ -219,9 +225,9 @@ def instruct_config(language_model, path, **data):
 def test_an_instruction_is_read_by_both_and_before_its_output(tokenizer, asked, language_model):
     config = instruct_config(language_model, asked)
     fields = make_task(inputs.with_vocabulary(config, tokenizer, tokenizer)).fields[1:]
-    source, encoder = inputs.open_train_source(config), inputs.text_encoder(config, tokenizer)
+    sources, encoder = inputs.open_train_sources(config), inputs.text_encoder(config, tokenizer)
     other = train_wordpiece(["what is it say left of the red circle ? :"], 300)
-    settings = (config, fields, source, tokenizer, (0, 1), None, other)
+    settings = (config, fields, sources, tokenizer, (0, 1), None, other)
     with inputs.train_batches(*settings) as batches:
         batch = next(batches)
     seen = set()
@@ -259,23 +265,23 @@ def test_a_source_without_instructions_is_refused(asked):
         reader = "blip_vqa" if task == "blip_vqa" else "data.prompt='"
         for which in ("train", "source"):
             config.eval.source = "shapes:heldout"
-            read = inputs.open_train_source if which == "train" else inputs.read_eval_set
+            read = inputs.open_train_sources if which == "train" else inputs.read_eval_set
             with pytest.raises(UserError) as error:
                 read(config)
             assert f"have no instruction, which {reader}" in str(error.value)
         config.data.train = asked
-        inputs.open_train_source(config)
+        inputs.open_train_sources(config)
     config = make_config("instruct", "opt", train="shapes:train", prompt="What is there?")
-    inputs.open_train_source(config)  # one instruction for all
+    inputs.open_train_sources(config)  # one instruction for all
 
 
 def test_fewer_examples_than_a_batch_are_no_training_set(asked):
     config = make_config("stage2", "opt", train=asked)
     config.eval.source = asked
-    assert len(inputs.open_train_source(config)) == config.batch_size == 20
+    assert len(inputs.open_train_sources(config)[0].source) == config.batch_size == 20
     config.batch_size = 21
     with pytest.raises(UserError) as error:
-        inputs.open_train_source(config)
+        inputs.open_train_sources(config)
     assert f"{asked} has 20 examples, fewer than batch_size=21" in str(error.value)
     assert "set --config.batch_size to 20 or less" in str(error.value)
     with pytest.raises(RunStopped, match="missing image 20"):  # that is all: there is no picture
@@ -284,9 +290,9 @@ def test_fewer_examples_than_a_batch_are_no_training_set(asked):
 
 def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
     config = make_config("stage2", "opt", train=asked, prompt="a {} of")
-    source = inputs.open_train_source(config)
+    sources = inputs.open_train_sources(config)
     fields = ("text_ids", "text_mask", "prompt_length")
-    with inputs.train_batches(config, fields, source, tokenizer, (0, 1), None) as batches:
+    with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as batches:
         batch = next(batches)
     found = {tokenizer.decode(ids[mask], skip_special_tokens=True)
              for ids, mask in zip(batch["text_ids"], batch["text_mask"], strict=True)}  # fmt: skip
@@ -302,10 +308,10 @@ def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
 
 def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_path):
     config = instruct_config("opt", asked)
-    source = inputs.open_train_source(config)
-    assert inputs.run_qformer_tokenizer(make_config("stage2", "opt"), tmp_path, source) is None
+    sources = inputs.open_train_sources(config)
+    assert inputs.run_qformer_tokenizer(make_config("stage2", "opt"), tmp_path, sources) is None
     words = {"[DEC]", "Say", "say", "what"}
-    trained = inputs.run_qformer_tokenizer(config, tmp_path, source)
+    trained = inputs.run_qformer_tokenizer(config, tmp_path, sources)
     assert words - set(trained.get_vocab()) == {"Say"} and "sit" not in trained.get_vocab()
     # That of stage 1, which is a Q-Former's; not that of stage 2, which is a language model's.
     for task in ("stage1", "stage2"):
@@ -314,9 +320,9 @@ def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_
         save_tokenizer(tokenizer, tmp_path / task / inputs.TOKENIZER_FOLDER)
         with config.unlocked():
             config.init.qformer = str(tmp_path / task)
-        taken = inputs.run_qformer_tokenizer(config, tmp_path, source).get_vocab()
+        taken = inputs.run_qformer_tokenizer(config, tmp_path, sources).get_vocab()
         assert (taken == tokenizer.get_vocab()) == (task == "stage1")
-        assert inputs.run_tokenizer(config, tmp_path, source).get_vocab() != tokenizer.get_vocab()
+        assert inputs.run_tokenizer(config, tmp_path, sources).get_vocab() != tokenizer.get_vocab()
     # What is named counts more; [DEC] is added where the vocabulary has room for it.
     bare = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")),
@@ -325,10 +331,10 @@ def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_
     save_tokenizer(bare, tmp_path / "named")
     with config.unlocked():
         config.data.qformer_tokenizer = str(tmp_path / "named")
-    assert len(inputs.run_qformer_tokenizer(config, tmp_path, source)) == 3
+    assert len(inputs.run_qformer_tokenizer(config, tmp_path, sources)) == 3
     with config.unlocked():
         config.model.qformer.vocab_size = 2
-    named = inputs.run_qformer_tokenizer(config, tmp_path, source)
+    named = inputs.run_qformer_tokenizer(config, tmp_path, sources)
     assert len(named) == 2
     filled = inputs.with_vocabulary(config, tokenizer, named)
     assert (filled.model.qformer.vocab_size, filled.model.language_model.vocab_size) == (
@@ -336,9 +342,9 @@ def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_
     )  # fmt: skip
     # A run that goes on has both.
     inputs.save_tokenizers(tokenizer, named, tmp_path / "run")
-    assert len(inputs.run_qformer_tokenizer(config, tmp_path / "run", source)) == 2
-    assert len(inputs.run_tokenizer(config, tmp_path / "run", source)) == len(tokenizer)
+    assert len(inputs.run_qformer_tokenizer(config, tmp_path / "run", sources)) == 2
+    assert len(inputs.run_tokenizer(config, tmp_path / "run", sources)) == len(tokenizer)
     with config.unlocked():
         config.data.qformer_tokenizer = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="data.qformer_tokenizer='.*nowhere' is no tokenizer"):
-        inputs.run_qformer_tokenizer(config, tmp_path, source)
+        inputs.run_qformer_tokenizer(config, tmp_path, sources)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.pipeline import TrainBatches
+from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
@@ -47,8 +47,12 @@ def preprocess(encoder):
     )
 
 
+def batches_of(source, preprocess, shuffle_block=1, **kwargs):
+    return TrainBatches([Part(source, preprocess, shuffle_block=shuffle_block)], **kwargs)
+
+
 def take(number, *args, **kwargs):
-    with TrainBatches(*args, **kwargs) as batches:
+    with batches_of(*args, **kwargs) as batches:
         return list(itertools.islice(batches, number)), batches.state()
 
 
@@ -173,7 +177,7 @@ def test_processes_share_each_global_batch(straight, preprocess, process_count):
 
 def test_processes_must_divide_the_batch(preprocess):
     with pytest.raises(ValueError, match="3 processes do not divide batch_size=4"):
-        TrainBatches(SOURCE, preprocess, batch_size=4, seed=0, process_count=3)
+        batches_of(SOURCE, preprocess, batch_size=4, seed=0, process_count=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +263,7 @@ def test_the_position_is_exact_with_instructions_too(asking):
     preprocess, _ = asking
     settings = dict(batch_size=4, seed=7, max_bad_share=1.0)
     straight, state = take(12, ASKED, preprocess, **settings)
-    assert state["skipped"] == {"empty instruction": state["examined"] - 48}
+    assert state["skipped"] == {"empty instruction": state["examined"][""] - 48}
     on, _ = take(7, ASKED, preprocess, start_example=20, num_workers=1, **settings)
     assert_equal(straight[5:], on)
     for index in range(2):
@@ -307,7 +311,7 @@ def test_bad_samples_are_replaced_and_counted(preprocess):
     assert len(ids) == 160 and not bad & set(ids.tolist())
     # Four epochs of 40, each of which meets both; a replacement may be bad again.
     assert 8 <= state["skipped"]["corrupt image"] < 16
-    assert state["examined"] == 160 + state["skipped"]["corrupt image"]
+    assert state["examined"][""] == 160 + state["skipped"]["corrupt image"]
     # The same again, with the counts carried over a stop.
     first, half = take(9, source, preprocess, **arguments)
     second, whole = take(
@@ -319,13 +323,13 @@ def test_bad_samples_are_replaced_and_counted(preprocess):
 
 def test_too_many_bad_samples_stop_the_run(preprocess):
     source = Broken(bad=frozenset(range(0, 40, 10)))
-    with TrainBatches(source, preprocess, batch_size=8, seed=1) as batches:
+    with batches_of(source, preprocess, batch_size=8, seed=1) as batches:
         with pytest.raises(RunStopped) as caught:
             for _ in range(50):
                 next(batches)
         assert 32 <= batches.examples_seen <= 40  # once as many as the set has were examined
     message = str(caught.value)
-    bad, examined = batches.skipped["corrupt image"], batches.examined
+    bad, examined = batches.skipped["corrupt image"], batches.examined[""]
     assert f"{bad} of {examined} examples ({bad / examined:.1%}) were bad" in message
     assert f"corrupt image {bad}" in message and "data.max_bad_share=0.05" in message
     assert "a test" in message
@@ -334,7 +338,7 @@ def test_too_many_bad_samples_stop_the_run(preprocess):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_only_bad_samples_end_at_once(preprocess, num_workers):
     source = Broken(bad=frozenset(range(40)))
-    with TrainBatches(
+    with batches_of(
         source, preprocess, batch_size=2, seed=1, num_workers=num_workers, max_bad_share=1.0
     ) as batches:
         with pytest.raises(RunStopped, match=r"200 of 20\d examples .* were bad: corrupt image"):
@@ -344,7 +348,7 @@ def test_only_bad_samples_end_at_once(preprocess, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_defects_of_the_program_are_not_taken_for_bad_data(preprocess, num_workers):
     source = Broken(bad=frozenset({5}), error=ZeroDivisionError("a defect"))
-    with TrainBatches(source, preprocess, batch_size=8, seed=1, num_workers=num_workers) as batches:
+    with batches_of(source, preprocess, batch_size=8, seed=1, num_workers=num_workers) as batches:
         with pytest.raises(ZeroDivisionError, match="a defect"):
             for _ in range(50):
                 next(batches)
@@ -383,7 +387,7 @@ def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
     }  # fmt: skip
     assert set(state["converted"]) == {"converted grayscale", "converted CMYK"}
     json.dumps(state)
-    with TrainBatches(jsonl(path), limited, batch_size=8, seed=0) as stopped:
+    with batches_of(jsonl(path), limited, batch_size=8, seed=0) as stopped:
         with pytest.raises(RunStopped, match="missing image"):
             for _ in range(50):
                 next(stopped)
@@ -392,7 +396,7 @@ def test_images_and_captions_of_all_kinds_from_a_jsonl(tmp_path, preprocess):
 def test_all_image_files_missing_names_one(tmp_path, preprocess):
     path = tmp_path / "data.jsonl"
     path.write_text('{"image": "wrong/folder/1.png", "caption": "a"}\n')
-    with TrainBatches(jsonl(path), preprocess, batch_size=2, seed=0) as batches:
+    with batches_of(jsonl(path), preprocess, batch_size=2, seed=0) as batches:
         with pytest.raises(RunStopped, match=r"missing image \(.*wrong/folder/1\.png"):
             next(batches)
 

@@ -82,6 +82,14 @@ def test_causal_and_padding_mask():
     np.testing.assert_array_equal(attention.padding_mask(jnp.array(VALID))[:, 0, 0], VALID)
 
 
+def test_causal_mask_of_packed_rows():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])
+    mask = np.asarray(attention.causal_mask(segments > 0, segments))
+    for row, i, j in np.ndindex(2, 6, 6):
+        expected = j <= i and segments[row, i] == segments[row, j] > 0
+        assert mask[row, 0, i, j] == expected
+
+
 def random_inputs(seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     shapes = [(3, 5, 2, 8), (3, 7, 2, 8), (3, 7, 2, 8)]

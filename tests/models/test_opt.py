@@ -93,3 +93,12 @@ def test_token_positions():
     np.testing.assert_array_equal(positions[1, 2:], [0, 1])
     np.testing.assert_array_equal(positions[2, [0, 2, 3]], [0, 1, 2])
     assert (positions >= 0).all()
+
+
+def test_positions_of_packed_rows_begin_anew_with_each_text():
+    segments = jnp.array([[1, 1, 2, 3, 3, 3, 0], [1, 2, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    positions = np.asarray(token_positions(segments > 0, segments))
+    np.testing.assert_array_equal(positions[0, :6], [0, 1, 0, 0, 1, 2])
+    np.testing.assert_array_equal(positions[1, :5], [0, 0, 1, 2, 3])
+    np.testing.assert_array_equal(positions[2], range(7))
+    assert (0 <= positions).all() and (positions < 7).all()

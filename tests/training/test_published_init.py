@@ -72,9 +72,9 @@ def params_of(config):
     """All parameters of a run before its first step."""
     adopted = adopt_sources(config)
     tokenizers = (
-        inputs.run_tokenizer(adopted.config, "nowhere", None, adopted.tokenizer),
+        inputs.run_tokenizer(adopted.config, "nowhere", (), adopted.tokenizer),
         inputs.run_qformer_tokenizer(
-            adopted.config, "nowhere", None, adopted.qformer_tokenizer
+            adopted.config, "nowhere", (), adopted.qformer_tokenizer
         ),
     )
     task = make_task(inputs.with_vocabulary(adopted.config, *tokenizers))

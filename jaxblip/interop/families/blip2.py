@@ -1,4 +1,4 @@
-"""BLIP-2 as a whole: transformers' two classes, and the stage-1 checkpoints of LAVIS."""
+"""BLIP-2 as a whole: transformers' two classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxblip.errors import UserError
-from jaxblip.interop.entries import Layout, linear, norm, plain
+from jaxblip.interop.entries import Layout, linear, norm
 from jaxblip.interop.families.llama import (
     ARCHITECTURES,
     INVERSE_FREQUENCIES,
@@ -20,7 +20,6 @@ from jaxblip.interop.families.opt import hf_opt_config, opt_config, opt_entries
 from jaxblip.interop.families.qformer import (
     BLIP2_TYPE,
     INSTRUCTBLIP_TYPE,
-    LAVIS,
     QFormerNames,
     hf_qformer_config,
     qformer_config,
@@ -31,10 +30,8 @@ from jaxblip.interop.families.vision import (
     POSITION_IDS,
     hf_vision_config,
     joint_vit_entries,
-    lavis_vit_entries,
     vit_config,
 )
-from jaxblip.interop.files import Weights
 from jaxblip.models.blip2 import Blip2Stage1, Blip2Stage2
 from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
@@ -98,24 +95,6 @@ def blip2_retrieval_layout(model: Blip2Stage1) -> Layout:
         *linear("itm_head", "itm_head"),
     )
     return Layout(entries, ignored=(POSITION_IDS,), absent=ONLY_IN_TRAINING)
-
-
-def lavis_stage1_layout(model: Blip2Stage1) -> Layout:
-    """A stage-1 `.pth` of LAVIS (`Blip2Qformer`); those without the frozen encoder serve, too."""
-    head = "Qformer.cls.predictions"
-    entries = (
-        *lavis_vit_entries(model.vision_config, "visual_encoder."),
-        *norm("ln_vision", "vision_norm"),
-        *qformer_entries(model.qformer_config, LAVIS),
-        *linear("vision_proj", "image_projection"),
-        *linear("text_proj", "text_projection"),
-        *linear("itm_head", "itm_head"),
-        *plain("temp", "temperature"),
-        *linear(f"{head}.transform.dense", "itg_head/dense"),
-        *norm(f"{head}.transform.LayerNorm", "itg_head/norm"),
-        *plain(f"{head}.bias", "itg_head/bias", aliases=(f"{head}.decoder.bias",)),
-    )
-    return Layout(entries, ignored=(POSITION_IDS,))
 
 
 def blip2_model(hf: Mapping[str, Any], dtype: Any = jnp.float32) -> Blip2Stage2:
@@ -230,41 +209,6 @@ def export_notes(model: Blip2Stage1 | Blip2Stage2) -> tuple[str, ...]:
         f"{ours} (model.vision_norm_epsilon), so its outputs differ slightly."
     )
     return (note,)
-
-
-def lavis_qformer_config(weights: Weights) -> QFormerConfig:
-    """The Q-Former of a LAVIS stage-1 file, which has no config: sizes by the shapes.
-
-    Heads are 64 wide, as in BERT.
-
-    Raises:
-      UserError: the file is none of that kind.
-    """
-    shapes = {name: info.shape for name, info in weights.tensors.items()}
-    words = f"{LAVIS.embeddings}.word_embeddings.weight"
-    if needed := sorted({"query_tokens", words} - set(shapes)):
-        raise UserError(
-            f"{weights.source!r} has no {needed[0]!r}: it is no stage-1 checkpoint of LAVIS."
-        )
-    numbers, crossing = (
-        {
-            int(name.removeprefix(LAVIS.layers).split(".")[0])
-            for name in shapes
-            if name.startswith(LAVIS.layers) and part in name
-        }
-        for part in ("", ".crossattention.")
-    )
-    vocab_size, width = shapes[words]
-    return QFormerConfig(
-        num_query_tokens=shapes["query_tokens"][1],
-        width=width,
-        num_layers=len(numbers),
-        num_heads=width // 64,
-        mlp_width=shapes[f"{LAVIS.layers}0.intermediate.dense.weight"][0],
-        cross_attention_frequency=len(numbers) // len(crossing),
-        vocab_size=vocab_size,
-        max_positions=shapes[f"{LAVIS.embeddings}.position_embeddings.weight"][0],
-    )
 
 
 def _vision(hf: Mapping[str, Any], kind: str = "blip-2") -> VitConfig:

@@ -1,79 +1,157 @@
-"""The stage-1 files of LAVIS: their model by the shapes of their tensors, for want of a config."""
+"""LAVIS's files of BLIP-2 and InstructBLIP, which have no config: models by names and shapes.
+
+Those of stage 1 have the heads of ITC, ITM and ITG; those of stage 2 and of InstructBLIP have the
+projection to a language model that is not in the file, and mostly no image encoder, which was
+frozen.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
-
-import jax.numpy as jnp
 
 from jaxblip.errors import UserError
-from jaxblip.interop.families.blip2 import lavis_qformer_config
-from jaxblip.interop.families.vision import VARIANTS
-from jaxblip.interop.files import TensorInfo, Weights
-from jaxblip.models.blip2 import Blip2Stage1
+from jaxblip.interop.entries import Layout, linear, norm, plain
+from jaxblip.interop.families.llama import INVERSE_FREQUENCIES
+from jaxblip.interop.families.qformer import LAVIS, qformer_entries
+from jaxblip.interop.families.sizes import heads_of, layers_with, num_layers, shape_of
+from jaxblip.interop.families.vision import POSITION_IDS, VARIANTS, lavis_vit_entries
+from jaxblip.interop.files import Weights
+from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
 
 VISION = "visual_encoder."
+HEADS = "vision_proj"  # one of stage 1's
+PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")  # to OPT, FlanT5 and Vicuna
+VISION_NORM_EPSILON = 1e-5  # of ln_vision; transformers has 1e-6
 
 
-def lavis_stage1_model(weights: Weights, dtype: Any = jnp.float32) -> tuple[Blip2Stage1, bool]:
-    """The model of a file, and whether its image encoder is in the file, too.
+@dataclasses.dataclass(frozen=True)
+class LavisModel:
+    """What a file holds.
 
-    Without one, the model's `vision_config` means nothing. `[DEC]` is the last word.
+    Attributes:
+      vision: None where the file is without the image encoder.
+      qformer: with a text side in stage 1 and in InstructBLIP.
+      embed_dim: of stage 1's contrastive space; None in the other files.
+      projection: the name of the map to the language model; None in stage 1.
+    """
+
+    vision: VitConfig | None
+    qformer: QFormerConfig
+    embed_dim: int | None = None
+    projection: str | None = None
+
+
+def is_lavis(weights: Weights) -> bool:
+    """Whether these are the names of a BLIP-2 or InstructBLIP of LAVIS."""
+    return "query_tokens" in weights.tensors and any(
+        name.startswith("Qformer.") for name in weights.tensors
+    )
+
+
+def lavis_model(weights: Weights) -> LavisModel:
+    """What a file of LAVIS holds.
 
     Raises:
-      UserError: the file is none of that kind.
+      UserError: a tensor that decides a size is not there, or neither heads nor projection.
     """
-    qformer, heads = lavis_qformer_config(weights), "vision_proj.weight"
-    if heads not in weights.tensors:
+    vision, qformer = lavis_vit_config(weights), lavis_qformer_config(weights)
+    roots = {name.split(".")[0] for name in weights.tensors}
+    projection = next((name for name in PROJECTIONS if name in roots), None)
+    if projection is not None:
+        return LavisModel(vision, qformer, projection=projection)
+    if HEADS not in roots:
         raise UserError(
-            f"{weights.source!r} has no {heads!r}: it is no stage-1 checkpoint of LAVIS."
+            f"{weights.source!r} has neither the heads of stage 1 ({HEADS}) nor a projection to a "
+            f"language model ({', '.join(PROJECTIONS)}): it is no whole checkpoint of LAVIS."
         )
-    vision = lavis_vit_config(weights.tensors)
-    model = Blip2Stage1(
-        vision or VitConfig(),
-        qformer,
-        dec_token_id=qformer.vocab_size - 1,
-        embed_dim=weights.tensors[heads].shape[0],
-        dtype=dtype,
+    embed_dim, _ = shape_of(weights, f"{HEADS}.weight", 2)
+    return LavisModel(vision, qformer, embed_dim=embed_dim)
+
+
+def lavis_layout(model: LavisModel) -> Layout:
+    """How such a file holds the parameters of stage 1, stage 2 or InstructBLIP."""
+    head = "Qformer.cls.predictions"
+    entries = [
+        *norm("ln_vision", "vision_norm"),
+        *qformer_entries(model.qformer, LAVIS),
+    ]
+    if model.vision is not None:
+        entries += lavis_vit_entries(model.vision, VISION)
+    if model.projection is not None:
+        entries += linear(model.projection, "projection")
+    else:
+        entries += [
+            *linear("vision_proj", "image_projection"),
+            *linear("text_proj", "text_projection"),
+            *linear("itm_head", "itm_head"),
+            *plain("temp", "temperature"),
+            *linear(f"{head}.transform.dense", "itg_head/dense"),
+            *norm(f"{head}.transform.LayerNorm", "itg_head/norm"),
+            *plain(f"{head}.bias", "itg_head/bias", aliases=(f"{head}.decoder.bias",)),
+        ]
+    return Layout(tuple(entries), ignored=(POSITION_IDS, INVERSE_FREQUENCIES))
+
+
+def lavis_qformer_config(weights: Weights) -> QFormerConfig:
+    """The Q-Former of a file; heads are 64 wide, as in BERT.
+
+    Raises:
+      UserError: a tensor that decides a size is not there.
+    """
+    _, num_query_tokens, width = shape_of(weights, "query_tokens", 3)
+    layers, words = LAVIS.layers, f"{LAVIS.embeddings}.word_embeddings.weight"
+    depth, crossing = num_layers(weights, layers), layers_with(weights, layers, "crossattention.")
+    mlp_width, _ = shape_of(weights, f"{layers}0.intermediate_query.dense.weight", 2)
+    text = dict(has_text=False)
+    # Of a text side that is not whole, the check of the layout says what is missing.
+    if layers_with(weights, layers, "intermediate.") or words in weights.tensors:
+        vocab_size, _ = shape_of(weights, words, 2)
+        positions, _ = shape_of(weights, f"{LAVIS.embeddings}.position_embeddings.weight", 2)
+        text = dict(vocab_size=vocab_size, max_positions=positions)
+    return QFormerConfig(
+        num_query_tokens=num_query_tokens,
+        width=width,
+        num_layers=depth,
+        num_heads=heads_of(weights, width, 64),
+        mlp_width=mlp_width,
+        cross_attention_frequency=depth // max(len(crossing), 1),
+        **text,
     )
-    return model, vision is not None
 
 
-def lavis_vit_config(tensors: Mapping[str, TensorInfo], theirs: str = VISION) -> VitConfig | None:
+def lavis_vit_config(weights: Weights) -> VitConfig | None:
     """The image encoder of a file; None where the file has none.
 
-    Heads are 88 wide in EVA-CLIP and 64 in CLIP, as in LAVIS's two encoders.
+    EVA-CLIP has heads of width 88 and no biases of keys; CLIP, and the encoder of BLIP, which has
+    all biases, have heads of width 64.
     """
-    shapes = {
-        name.removeprefix(theirs): info.shape
-        for name, info in tensors.items()
-        if name.startswith(theirs)
-    }
-    if "conv1.weight" in shapes:
+    if f"{VISION}conv1.weight" in weights.tensors:
         blocks, up, table, patches = (
             "transformer.resblocks.", "mlp.c_fc.weight", "positional_embedding", "conv1.weight"
         )  # fmt: skip
         head_width, variant = 64, dict(activation="quick_gelu", layer_norm_epsilon=1e-5)
         variant |= VARIANTS["clip_vision_model"]
-    elif "patch_embed.proj.weight" in shapes:
+    elif f"{VISION}patch_embed.proj.weight" in weights.tensors:
         blocks, up, table, patches = (
             "blocks.", "mlp.fc1.weight", "pos_embed", "patch_embed.proj.weight"
         )  # fmt: skip
-        head_width, variant = 88, dict(activation="gelu", layer_norm_epsilon=1e-6)
-        variant |= VARIANTS["blip_2_vision_model"]
+        is_blip = f"{VISION}blocks.0.attn.qkv.bias" in weights.tensors
+        head_width = 64 if is_blip else 88
+        variant = dict(activation="gelu", layer_norm_epsilon=1e-6)
+        variant |= VARIANTS["blip_vision_model" if is_blip else "blip_2_vision_model"]
     else:
         return None
-    layers = {name.removeprefix(blocks).split(".")[0] for name in shapes if name.startswith(blocks)}
-    width, _, _, patch = shapes[patches]
+    width, _, _, patch = shape_of(weights, VISION + patches, 4)
+    rows = shape_of(weights, VISION + table, 2 if table == "positional_embedding" else 3)[-2]
+    mlp_width, _ = shape_of(weights, f"{VISION}{blocks}0.{up}", 2)
     return VitConfig(
-        image_size_px=patch * math.isqrt(shapes[table][-2] - 1),
+        image_size_px=patch * math.isqrt(rows - 1),
         patch_size_px=patch,
         width=width,
-        num_layers=len(layers),
-        num_heads=width // head_width,
-        mlp_width=shapes[f"{blocks}0.{up}"][0],
+        num_layers=num_layers(weights, VISION + blocks),
+        num_heads=heads_of(weights, width, head_width),
+        mlp_width=mlp_width,
         **variant,
     )

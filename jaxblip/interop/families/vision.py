@@ -1,4 +1,4 @@
-"""Image encoders: the names of transformers' EVA-CLIP, BLIP, CLIP and SigLIP, and of LAVIS.
+"""Image encoders: names of transformers' EVA-CLIP, BLIP, CLIP and SigLIP, of LAVIS and BLIP.
 
 The norm behind the encoder is no part of it (`vision_norm`), so the layouts of the assemblies add
 it under its own name.
@@ -88,11 +88,11 @@ def clip_layers_entries(num_layers: int, theirs: str, ours: str) -> Entries:
 
 
 def lavis_vit_entries(config: VitConfig, theirs: str = "", ours: str = "vision/") -> Entries:
-    """The image encoder of a LAVIS checkpoint: EVA-CLIP's names, or OpenAI's where `pre_norm`."""
-    return (_openai_clip if config.pre_norm else _eva)(config, theirs, ours)
+    """The image encoder of LAVIS's files and of BLIP's: timm's names, or OpenAI's if `pre_norm`."""
+    return (_openai_clip if config.pre_norm else _timm)(config, theirs, ours)
 
 
-def _eva(config: VitConfig, theirs: str, ours: str) -> Entries:
+def _timm(config: VitConfig, theirs: str, ours: str) -> Entries:
     entries = [
         *patch_convolution(f"{theirs}patch_embed.proj", f"{ours}patch_embedding"),
         *_with_ones(f"{theirs}cls_token", f"{ours}cls_token", 2),
@@ -102,14 +102,20 @@ def _eva(config: VitConfig, theirs: str, ours: str) -> Entries:
         layer, block = f"{theirs}blocks.{i}", f"{ours}layers"
         entries += [
             *norm(f"{layer}.norm1", f"{block}/attention_norm", i),
-            *joint_qkv(f"{layer}.attn.qkv.weight", f"{block}/attention", i),
-            *flat(f"{layer}.attn.q_bias", f"{block}/attention/query/bias", i),
-            *flat(f"{layer}.attn.v_bias", f"{block}/attention/value/bias", i),
+            *joint_qkv(
+                f"{layer}.attn.qkv.weight",
+                f"{block}/attention",
+                i,
+                bias=f"{layer}.attn.qkv.bias" if config.key_bias else None,
+            ),
             *linear_from_heads(f"{layer}.attn.proj", f"{block}/attention/out", i),
             *norm(f"{layer}.norm2", f"{block}/mlp_norm", i),
             *linear(f"{layer}.mlp.fc1", f"{block}/mlp/up", i),
             *linear(f"{layer}.mlp.fc2", f"{block}/mlp/down", i),
         ]
+        if not config.key_bias:  # EVA-CLIP
+            entries += flat(f"{layer}.attn.q_bias", f"{block}/attention/query/bias", i)
+            entries += flat(f"{layer}.attn.v_bias", f"{block}/attention/value/bias", i)
     return tuple(entries)
 
 

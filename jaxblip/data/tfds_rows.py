@@ -1,0 +1,315 @@
+"""Data sets of TensorFlow Datasets in array_record, read at random and without TensorFlow."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jaxblip.data import storage
+from jaxblip.data.rows import COLUMNS
+from jaxblip.data.samples import BadSample
+from jaxblip.errors import UserError
+
+_FILES = ("dataset_info.json", "features.json")  # of every data set that TFDS has prepared
+_OPEN_SHARDS = 256  # that a worker keeps open; many systems allow 1024 files
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class TfdsRows:
+    """The examples of a prepared data set, one of its splits or a part of it.
+
+    Nested features are columns of dotted names: of `captions: Sequence({id, text})` a row has
+    `captions.id` and `captions.text`, a list each. Images stay the bytes that they are stored as;
+    other bytes are UTF-8 text. Nothing else is decoded, so that a label is its number.
+
+    All shards are looked at when the data set is opened. The rows of those that cannot be read are
+    bad samples, each, so that the others keep their places.
+
+    Args:
+      folder: that holds `dataset_info.json` and `features.json`.
+      split: as in TFDS, such as "train", "train[:50%]" or "train+val"; by default the only one, or
+        the one that is called train.
+      columns: of the example fields, see `rows.columns_of`.
+
+    Attributes:
+      folder: that paths of images are relative to, where a data set has such.
+      problems: a sentence for each shard that cannot be read.
+
+    Raises:
+      UserError: it is no data set in array_record, lacks the split or a column that the field map
+        names, or none of its shards can be read.
+    """
+
+    def __init__(self, folder: str, split: str, columns: Mapping[str, tuple[str, ...]]):
+        self.folder = self._data_set = os.path.abspath(folder)
+        info = _info(folder)
+        instructions = _instructions(info, split, folder)
+        features = dict(_leaves(info.features))
+        _check_names(columns, features, folder)
+        self._binary = _binary(features, columns["image"])
+        self._parser = _parser(info.features)
+        # Of each shard its name, its first record and the number of rows up to its last one.
+        self._shards = [os.path.relpath(each.filename, folder) for each in instructions]
+        self._firsts = [each.skip for each in instructions]
+        self._ends = list(itertools.accumulate(each.take for each in instructions))
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
+        with ThreadPoolExecutor(16) as threads:  # on storage far away each takes a while
+            sizes = [each.examples_in_shard for each in instructions]
+            found = list(threads.map(self._problem, range(len(sizes)), sizes))
+        self.problems = [problem for problem in found if problem]
+        if len(self.problems) == len(found):
+            raise UserError(f"{self.problems[0]}: prepare the data set again.")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = storage.retry(lambda: self._read(index))
+        except OSError as error:
+            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+        try:
+            example = self._parser.parse_example(record)
+        except Exception as error:  # parsers raise nearly anything on hostile bytes
+            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+        return {
+            name: _plain(value, name not in self._binary) for name, value in _flatten(example)
+        }
+
+    def place(self, index: int) -> str:
+        shard, record = self._at(index)
+        return f"{self._path(shard)}, record {record}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """Shard and record of a row."""
+        shard = bisect.bisect_right(self._ends, index)
+        start = self._ends[shard - 1] if shard else 0
+        return shard, self._firsts[shard] + int(index) - start
+
+    def _path(self, shard: int) -> str:
+        return os.path.normpath(os.path.join(self._data_set, self._shards[shard]))
+
+    def _read(self, index: int) -> bytes:
+        """The record of a row.
+
+        Raises:
+          OSError: of the storage, which may pass.
+          BadSample: the file is damaged.
+        """
+        shard, position = self._at(index)
+        try:
+            [record] = self._reader(shard).read([position])
+        except RuntimeError as error:
+            if "() failed: " in str(error):  # a system call, of which Riegeli says the name
+                self._reader.cache_clear()
+                raise OSError(str(error)) from error
+            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+        if not record:  # what the reader gives behind the end of a file that has become shorter
+            raise BadSample("truncated shard", self.place(index))
+        return record
+
+    def _open(self, shard: int):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        path = self._path(shard)
+        os.stat(path)  # raises where it is missing, of which the reader says nothing
+        reader = ArrayRecordReader(
+            path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
+        )
+        if not reader.ok():
+            raise BadSample("truncated shard", f"{path} is damaged or cut off")
+        return reader
+
+    def _problem(self, shard: int, size: int) -> str:
+        """What is wrong with a shard of so many records; "" for nothing."""
+        try:
+            found = self._open(shard).num_records()
+        except OSError as error:
+            return f"cannot read {self._path(shard)} ({error.strerror or error})"
+        except BadSample as bad:
+            return bad.detail
+        return "" if found == size else f"{self._path(shard)} has {found} records, not {size}"
+
+
+def open_tfds(spec: str, columns: Mapping[str, tuple[str, ...]]) -> TfdsRows:
+    """The rows of "NAME", "NAME/CONFIG" or "NAME/CONFIG/VERSION", with ":SPLIT" or without.
+
+    They are looked for in $TFDS_DATA_DIR, or else in ~/tensorflow_datasets.
+    """
+    name, split = divide(spec)
+    root = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    folder = data_set_folder(os.path.join(root, *name.split(":")))  # NAME:VERSION, as in TFDS
+    if not name or folder is None:
+        raise UserError(
+            f"the data set tfds:{name} is not in {root}, which TFDS_DATA_DIR sets: make it by "
+            f'tensorflow_datasets.builder("{name}", file_format="array_record")'
+            f".download_and_prepare() or `tfds build {name} --file_format=array_record`."
+        )
+    return TfdsRows(folder, split, columns)
+
+
+def divide(spec: str) -> tuple[str, str]:
+    """Name and split of "NAME:SPLIT", where the split may have colons in brackets, or be ""."""
+    before, bracket, part = spec.partition("[")
+    name, colon, split = before.rpartition(":")
+    return (name, split + bracket + part) if colon else (spec, "")
+
+
+def data_set_folder(folder: str) -> str | None:
+    """The folder of the data set that is `folder` or lies in it, as NAME/CONFIG/VERSION at most.
+
+    Of several versions it is the newest. None where there is none.
+
+    Raises:
+      UserError: there are several data sets.
+    """
+    found = list(_data_sets(folder, depth=3))
+    several = len({os.path.dirname(each) for each in found}) > 1
+    if several or len(found) > 1 and not all(_VERSION.fullmatch(each) for each in _names(found)):
+        names = ", ".join(os.path.relpath(each, folder) for each in found[:10])
+        raise UserError(f"{folder} holds several data sets: name one of {names}.")
+    return max(found, key=_version, default=None)
+
+
+def _data_sets(folder: str, depth: int) -> Iterator[str]:
+    if all(os.path.isfile(os.path.join(folder, name)) for name in _FILES):
+        yield folder
+    elif depth:
+        try:
+            with os.scandir(folder) as entries:
+                inside = sorted(entry.path for entry in entries if entry.is_dir())
+        except OSError:
+            return
+        for each in inside:
+            if not os.path.basename(each).startswith((".", "incomplete.")):
+                yield from _data_sets(each, depth - 1)
+
+
+def _names(folders: list[str]) -> list[str]:
+    return [os.path.basename(each) for each in folders]
+
+
+def _version(folder: str) -> list[int]:
+    [name] = _names([folder])
+    return [int(part) for part in name.split(".")] if _VERSION.fullmatch(name) else []
+
+
+def _info(folder: str):
+    """What TFDS knows of a data set, set to array_record."""
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import file_adapters
+    except ImportError as error:
+        raise UserError(
+            f"{folder} is a data set of TFDS: pip install tensorflow-datasets ({error})."
+        ) from error
+    try:
+        info = tfds.builder_from_directory(folder).info
+    except Exception as error:  # TFDS raises nearly anything on files that it did not write
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder} is no data set that TFDS can read: {reason}.") from error
+    wanted = file_adapters.FileFormat.ARRAY_RECORD
+    if info.file_format is not wanted:
+        if wanted not in info.alternative_file_formats:
+            raise UserError(
+                f"{folder} is in the format {info.file_format.value}, which has no random access: "
+                f'make it by tensorflow_datasets.builder("{info.name}", file_format="array_record")'
+                ".download_and_prepare(), or convert it by `tfds convert_format "
+                f"--dataset_version_dir={folder} --out_file_format=array_record`."
+            )
+        info.set_file_format(wanted, override=True, override_if_initialized=True)
+    return info
+
+
+def _instructions(info, split: str, folder: str):
+    """Files and their records that make up a split."""
+    names = list(info.splits)
+    split = split or (names[0] if len(names) == 1 else "train")
+    try:
+        instructions = info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no split {split!r}; its splits are {', '.join(names)}, and parts of "
+            f"them are written as {names[0]}[:50%]."
+        ) from error
+    instructions = [each for each in instructions if each.take > 0]
+    if not instructions:
+        raise UserError(f"{folder} has no examples in {split!r}.")
+    return instructions
+
+
+def _leaves(feature, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Columns with their features."""
+    from tensorflow_datasets import features
+
+    while isinstance(feature, features.Sequence):
+        feature = feature.feature
+    if isinstance(feature, features.FeaturesDict):
+        for key, inner in feature.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, feature
+
+
+def _binary(features: Mapping[str, Any], images: tuple[str, ...]) -> frozenset[str]:
+    """Columns whose bytes are no text.
+
+    A tensor of bytes says nothing about that, so what is used as an image is one, if it is not
+    expressly a text: then it is a path.
+    """
+    from tensorflow_datasets.core.features import Image, Text
+
+    return frozenset(
+        name
+        for name, feature in features.items()
+        if isinstance(feature, Image) or (name in images and not isinstance(feature, Text))
+    )
+
+
+def _parser(features):
+    from tensorflow_datasets.core.example_parser import ExampleParserNp
+
+    return ExampleParserNp(features.get_serialized_info())
+
+
+def _check_names(columns: Mapping[str, tuple[str, ...]], features, folder: str) -> None:
+    for field, names in columns.items():
+        if names == COLUMNS[field] or not names or names[0] in features:
+            continue
+        near = difflib.get_close_matches(names[0], features, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(features))}."
+        raise UserError(f"{folder} has no column {names[0]} (data.fields.{field}): {hint}")
+
+
+def _flatten(example: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in example.items():
+        inner = f"{name}.{key}" if name else key
+        if isinstance(value, Mapping):
+            yield from _flatten(value, inner)
+        else:
+            yield inner, value
+
+
+def _plain(value: Any, text: bool) -> Any:
+    """Lists for arrays and, where `text`, texts for bytes."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(each, text) for each in value]
+    return value.decode("utf-8", errors="replace") if text and isinstance(value, bytes) else value
