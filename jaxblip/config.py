@@ -166,6 +166,9 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.source = ""  # evaluation source, as data.train; "" = no evaluation
+    evaluation.image_folder = ""  # as data.image_folder; "" = that one
+    # As data.fields; where all are "", those count
+    evaluation.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
     evaluation.every_steps = 0  # steps between two evaluations; 0 = only at the end
     evaluation.batch_size = 64  # images or pairs at a time, over all devices
     evaluation.max_images = 0  # first images of the source that are used; 0 = all

@@ -37,7 +37,7 @@ class Answer(NamedTuple):
         Raises:
           BadRow: there is no such answer.
         """
-        if self.turn not in answers(self.entry)[0]:
+        if not is_conversation(self.entry) or self.turn not in answers(self.entry)[0]:
             raise BadRow(f"turn {self.turn} is no answer")
         said = [text for _, text in _turns(self.entry)[: self.turn + 1]]
         [image] = _images(self.entry)

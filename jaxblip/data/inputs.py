@@ -81,7 +81,7 @@ def _open_train_source(config: ConfigDict) -> Source:
         raise UserError(
             f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
         )
-    source = _open(config, data.train)
+    source = _open(config, data.train, data)
     _check_instructions(config, source, data.train, prompts)
     block = data.shuffle_block
     if data.captions == "all" or data.get("packing"):
@@ -105,13 +105,14 @@ def _why_all(data: ConfigDict) -> str:
     return "data.captions='all'" if data.captions == "all" else "data.packing=True"
 
 
-def _open(config: ConfigDict, spec: str) -> Source:
-    data = config.data
+def _open(config: ConfigDict, spec: str, section: ConfigDict) -> Source:
+    """A source with the field map and the image folder of `section`, or else of config.data."""
+    named = any(section.fields.values())
     return open_source(
         spec,
-        image_size_px=data.image_size_px,
-        fields=data.fields.to_dict(),
-        image_folder=data.image_folder,
+        image_size_px=config.data.image_size_px,
+        fields=(section if named else config.data).fields.to_dict(),
+        image_folder=section.image_folder or config.data.image_folder,
     )
 
 
@@ -408,7 +409,7 @@ def _preprocess(
 def read_eval_set(config: ConfigDict) -> EvalSet:
     """The evaluation images with all their captions, in memory."""
     data = config.data
-    source = _open(config, config.eval.source)
+    source = _open(config, config.eval.source, config.eval)
     _check_instructions(config, source, config.eval.source, [data.prompt])
     return iterate_eval_images(
         source,

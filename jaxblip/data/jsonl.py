@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,10 @@ from jaxblip.errors import UserError
 
 _MAX_LINE_BYTES = 1 << 28  # of a file without line ends it would be all
 _NO_TURN = -1
+_WANTED = f"write one object a line, like {EXAMPLES[None]}"
+# Where a row stands: its file, and in it the line, its first byte and length; of a conversation
+# the turn.
+_SPAN = [("file", "i4"), ("line", "i8"), ("start", "i8"), ("length", "i4"), ("turn", "i4")]
 
 
 class JsonlRows:
@@ -43,12 +48,11 @@ class JsonlRows:
         self.folder = os.path.dirname(self._paths[0])
         self.has_instructions = True
         left_out = LeftOut()
-        spans = [row for number in range(len(self._paths)) for row in self._index(number, left_out)]
+        spans = (self._index(number, left_out) for number in range(len(self._paths)))
+        self._spans = np.fromiter(itertools.chain.from_iterable(spans), _SPAN)
         self.problems = left_out.sentences(storage.shown(self._paths[0]))
-        if not spans:
+        if not len(self):
             raise UserError(". ".join(["There is no example", *self.problems]) + ".")
-        # File, line, first byte and length of each, and the turn of a conversation.
-        self._spans = np.array(spans, np.int64)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -57,7 +61,7 @@ class JsonlRows:
         number, line, start, length, turn = self._spans[index].tolist()
         try:
             row = parse_json(storage.read_bytes(self._paths[number], start, length))
-            if is_conversation(row):
+            if turn != _NO_TURN:
                 return Answer(line, row, turn).row()
         except (OSError, ValueError, BadRow) as error:  # it was good when it was opened
             raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
@@ -67,13 +71,15 @@ class JsonlRows:
         number, line, *_ = self._spans[index].tolist()
         return f"{storage.shown(self._paths[number])}:{line}"
 
-    def _index(self, number: int, left_out: LeftOut) -> Iterator[tuple[int, int, int, int, int]]:
+    def _index(self, number: int, left_out: LeftOut) -> Iterator[tuple[int, ...]]:
         path, start, is_empty = self._paths[number], 0, True
         shown = storage.shown(path)
         try:
             with storage.open_file(path) as file:
                 lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
                 for line, raw in enumerate(lines, start=1):
+                    if len(raw) == _MAX_LINE_BYTES:
+                        raise UserError(f"{shown}:{line}: longer than {len(raw):,} bytes; {_WANTED}")
                     if raw.strip():
                         is_empty = False
                         for turn in self._turns(raw, f"{shown}:{line}", left_out):
@@ -91,7 +97,8 @@ class JsonlRows:
         """Those of a line that are examples; raises UserError where there is none in it."""
         try:
             line = _object(raw)
-            if not is_conversation(line):
+            # A field map that names texts makes other columns no texts.
+            if not (is_conversation(line) and self._columns["output"]):
                 self.has_instructions &= check_row(line, self._columns) is not None
                 return [_NO_TURN]
             turns, unused = answers(line)
@@ -114,4 +121,4 @@ def _object(raw: bytes) -> dict[str, Any]:
         return line
     shown = raw[:1000].decode("utf-8", errors="replace").strip()
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise BadRow(f"{what}: {storage.shown(shown)}; write one object a line, like {EXAMPLES[None]}")
+    raise BadRow(f"{what}: {storage.shown(shown)}; {_WANTED}")

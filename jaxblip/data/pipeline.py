@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,10 +23,17 @@ import numpy as np
 from absl import flags
 
 from jaxblip.data.preprocess import Preprocess
-from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample, Source, counts_as_text
+from jaxblip.data.samples import (
+    CONVERSIONS,
+    SKIP_REASONS,
+    STAGES,
+    BadSample,
+    Source,
+    counts_as_text,
+)
 from jaxblip.errors import RunStopped
 
-_COUNTED = SKIP_REASONS + CONVERSIONS
+_COUNTED = SKIP_REASONS + CONVERSIONS + STAGES
 # Examples to examine before their share of bad ones says anything (or the whole set, if smaller).
 _MIN_EXAMINED = 100
 # Bad examples in a row after which no good one is looked for any more.
@@ -95,12 +104,15 @@ class _LoadExample:
     def _load(
         self, index: int, rng: np.random.Generator, conversions: Counter
     ) -> dict[str, np.ndarray]:
-        source = self.part.source
+        source, begin = self.part.source, time.perf_counter()
         example = source[index]
+        conversions["reading"] += (read := time.perf_counter()) - begin
         # Sources number their images independently of each other.
         example["image_id"] ^= self.part.key
         try:
-            return self.part.preprocess(example, rng, conversions)
+            arrays = self.part.preprocess(example, rng, conversions)
+            conversions["texts"] += time.perf_counter() - read - conversions["images"]
+            return arrays
         except BadSample as bad:
             if not hasattr(source, "place"):
                 raise
@@ -117,7 +129,7 @@ class _Stack:
     num_parts: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        counts = np.zeros((self.num_parts, len(_COUNTED)), np.int64)
+        counts = np.zeros((self.num_parts, len(_COUNTED)))
         drawn, lost = np.zeros((2, self.num_parts), np.int64)
         first_bad = [""] * self.num_parts
         for example in examples:
@@ -139,11 +151,14 @@ class _Stack:
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Ends this worker when the process that started it dies, be it by SIGKILL.
+    """Ends this worker when the process that started it dies, be it by SIGKILL, and not before.
 
-    Grain's workers would wait for it for ever, and hold its terminal and its memory.
+    Grain's workers would wait for it for ever, and hold its terminal and its memory. And where a
+    signal goes to all processes (Slurm's SIGTERM, Ctrl-C), it is the parent that knows what to do.
     """
     del worker_index, worker_count
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch():
         multiprocessing.parent_process().join()
@@ -197,6 +212,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
       examples_seen: global number of examples, those of earlier processes of the run included.
       examined, drawn: of each part by its name, the examples looked at and those in batches.
       skipped, converted: by reason; of several parts by "part/reason".
+      seconds: that all workers spent on the batches made here, by stage.
+      batches_made: by this object.
       restarts: how often workers were started anew because one had died.
 
     Raises:
@@ -224,6 +241,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.restarts = int(counters.get("restarts", 0))
         for name in ("examined", "drawn", "skipped", "converted"):
             setattr(self, name, Counter(counters.get(name, {})))
+        self.seconds, self.batches_made = Counter(), 0
         self._parts = parts
         self._first_bad: dict[str, str] = {}
         self._batch_size = batch_size
@@ -244,6 +262,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             self._count(part, int(batch["drawn"][number]), batch["counts"][number].tolist())
         self._stop_if_too_many_are_bad(batch)
         self.examples_seen += self._batch_size
+        self.batches_made += 1
         # Plain arrays, since those of workers lie in shared memory that Grain frees late.
         return {field: np.array(rows) for field, rows in batch["arrays"].items()}
 
@@ -319,11 +338,13 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.drawn[part.name] += drawn
         self.examined[part.name] += drawn
         for name, count in zip(_COUNTED, counts, strict=True):
-            if count and name in SKIP_REASONS:
-                self.skipped[part.prefix + name] += count
-                self.examined[part.name] += count
+            if name in STAGES:
+                self.seconds[name] += count
+            elif count and name in SKIP_REASONS:
+                self.skipped[part.prefix + name] += int(count)
+                self.examined[part.name] += int(count)
             elif count:
-                self.converted[part.prefix + name] += count
+                self.converted[part.prefix + name] += int(count)
 
     def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
         for number, part in enumerate(self._parts):

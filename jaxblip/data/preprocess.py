@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +93,9 @@ class Preprocess:
     def __call__(
         self, example: dict[str, Any], rng: np.random.Generator, conversions: Counter
     ) -> dict[str, np.ndarray]:
-        """Arrays of one example, without a batch axis; adds to `conversions`.
+        """Arrays of one example, without a batch axis.
+
+        Adds to `conversions`, and the seconds that the image took under "images".
 
         Raises:
           BadSample: no caption has a word, or the instruction has none and is needed, or the image
@@ -119,7 +122,9 @@ class Preprocess:
         if "image_id" in self.fields:
             arrays["image_id"] = _folded(example["image_id"])
         if "image" in self.fields:
+            begin = time.perf_counter()
             arrays["image"] = self._image(example["image"], rng, conversions)
+            conversions["images"] += time.perf_counter() - begin
         return {field: arrays[field] for field in self.fields}
 
     def prompts(self, example: dict[str, Any]) -> tuple[list[str], str]:

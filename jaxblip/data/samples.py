@@ -32,6 +32,10 @@ CONVERSIONS = (
 )
 
 
+# What the work on an example is divided into, to tell which is slow.
+STAGES = ("reading", "images", "texts")
+
+
 class BadSample(Exception):
     """One sample cannot be used: `reason` is one of SKIP_REASONS, `detail` says which and why."""
 

@@ -26,6 +26,7 @@ from jaxblip.data.tokenizers import (
 )
 from jaxblip.errors import UserError
 from jaxblip.interop.export import export_run
+from jaxblip.interop.load import QuietParam
 from jaxblip.interop.parts import lacking_parts, with_part
 from jaxblip.interop.processors import find_image_processing
 from jaxblip.interop.published import LAVIS_NAMES, Published, open_published
@@ -130,6 +131,8 @@ def _import(
     task = make_task(config)
     shapes, _ = abstract_params(task)
     stored = flatten_dict(published.stored(published.own_dtypes(shapes), dtype), sep="/")
+    errors: list[Exception] = []  # of reading, in the midst of writing
+    stored = {path: QuietParam(param, errors) for path, param in stored.items()}
     flat = flatten_dict(shapes, sep="/")
     missing = {path: leaf for path, leaf in flat.items() if path not in stored}
     random = flatten_dict(random_params(task, unflatten_dict(missing, sep="/")), sep="/")
@@ -137,6 +140,8 @@ def _import(
     params = unflatten_dict({path: (stored | random)[path] for path in flat}, sep="/")
 
     write_checkpoint(folder / FOLDER, params)
+    if errors:
+        raise errors[0]
     inputs.save_tokenizers(tokenizer, qformer_tokenizer, folder)
     save_config(folder, config.to_dict())
     origin = {

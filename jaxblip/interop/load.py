@@ -150,6 +150,25 @@ class StoredParam:
         return f"StoredParam({self.shape}, {self.dtype})"
 
 
+class QuietParam(StoredParam):
+    """A stored parameter for a writer with threads, each of which would print its stack at an error.
+
+    The first error of all that share `errors` goes there; from then on they read zeros.
+    """
+
+    def __init__(self, param: StoredParam, errors: list[Exception]):
+        super().__init__(param.shape, param.dtype, param._weights, param._pieces)
+        self._errors = errors
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not self._errors:
+            try:
+                return super().__getitem__(index)
+            except Exception as error:
+                self._errors.append(error)
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)[index]
+
+
 def _put(param: StoredParam, sharding: jax.sharding.Sharding) -> jax.Array:
     of_layer = _layer_sharding(sharding)
     if param.is_stacked and of_layer is not None and param.nbytes > LARGE_BYTES:

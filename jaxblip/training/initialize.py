@@ -14,7 +14,15 @@ from jaxblip.interop.load import put_params
 from jaxblip.sharding import tree_shardings
 from jaxblip.tasks import Task
 from jaxblip.training.checkpoints import fingerprint
-from jaxblip.training.sources import RANDOM, Stored, init_field, source_of, stored_parts
+from jaxblip.training.sources import (
+    RANDOM,
+    Stored,
+    init_field,
+    is_converted,
+    is_published,
+    source_of,
+    stored_parts,
+)
 from jaxblip.training.state import Params, cast_frozen, split_params
 
 References = dict[str, dict[str, str]]
@@ -82,7 +90,7 @@ def _parts(
     task: Task, mesh: Mesh, shapes: Params, *, are_frozen: bool = False
 ) -> tuple[Params, References]:
     """Values for `shapes`, and where each part is from."""
-    stored = stored_or_error(task, shapes) if are_frozen else stored_parts(task.config, shapes)
+    stored = stored_or_error(task, shapes) if are_frozen else _stored(task.config, shapes)
     flat, shardings = (flatten_dict(t, sep="/") for t in (shapes, tree_shardings(shapes, mesh)))
     params = put_params(stored.params, {path: shardings[path] for path in stored.params})
     missing = [path for path in flat if path not in params]
@@ -95,6 +103,27 @@ def _parts(
             print(f"{source} has no {', '.join(lacking)}: these parameters start at random.")
     references = {part: dict(stored.references[part]) for part in shapes}
     return unflatten_dict({path: params[path] for path in flat}, sep="/"), references
+
+
+def _stored(config: ConfigDict, shapes: Params) -> Stored:
+    """`stored_parts`, and the projection of published weights that the Q-Former alone is from."""
+    stored = stored_parts(config, shapes)
+    source, part = config.init.get("qformer", ""), "projection"
+    is_one = is_published(source) or is_converted(source)
+    if part not in shapes or source_of(config, part) or not is_one:
+        return stored
+    as_all = config.copy_and_resolve_references()
+    with as_all.unlocked():
+        as_all.init.all = source
+    try:
+        projection = stored_parts(as_all, {part: shapes[part]})
+    except UserError:  # all but its width has been found to fit
+        width = shapes[part]["bias"].shape[0]
+        stored.lacking.setdefault(source, []).append(f"{part} to width {width}")
+        return stored
+    stored.params.update(projection.params)
+    stored.references.update(projection.references)
+    return stored
 
 
 def _select_like(params: Any, like: Any) -> Any:

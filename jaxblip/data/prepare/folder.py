@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -21,15 +22,15 @@ from jaxblip.errors import UserError
 _TEMPORARY = ".tmp"
 
 
+@dataclasses.dataclass(frozen=True)
 class Folder:
     """Files by their names, written under another name first and then renamed.
 
-    Args:
-      path: of the folder, or its URL.
+    Attributes:
+      path: of the folder, absolute or a URL.
     """
 
-    def __init__(self, path: str):
-        self.path = storage.absolute(path)
+    path: str
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.path}/{name}")

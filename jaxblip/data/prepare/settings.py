@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 
 from jaxblip.data import storage
 from jaxblip.data.archives import expand_braces
@@ -15,6 +14,7 @@ from jaxblip.data.sources import open_source
 from jaxblip.errors import UserError
 
 _DRAWN_PX = 96  # side of what a procedural source draws
+DUPLICATES = ("near", "exact", "keep")
 _MANY_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".tar")
 
 
@@ -24,7 +24,7 @@ class Settings:
 
     Attributes:
       source: as `open_source` takes it; paths are absolute.
-      fields: example field -> column, where the columns have other names.
+      fields: pairs of an example field and its column, where the columns have other names.
       image_folder: that the paths of images are relative to; the file's own by default.
       split: the name of what is written.
       min_side: pixels of the shorter side that an image needs.
@@ -32,9 +32,9 @@ class Settings:
       max_pixels: an image with more is not decoded.
       min_chars: of a text; a shorter one is left out.
       max_chars: of a text; a longer one is left out.
-      duplicates: "merge" or "keep", of examples whose images have the same bytes.
-      near_duplicates: bits of 64 in which the perceptual hashes of two images may differ that are
-        the same picture, saved twice; -1 keeps such.
+      duplicates: which are dropped: "exact", examples whose images have the same bytes; "near",
+        these and pictures that were saved twice; "keep", none.
+      near_bits: of 64, in which the perceptual hashes of near duplicates may differ.
       resize: pixels of the shorter side that larger images are resized to; 0 for none.
       jpeg_quality: of resized images.
       shard_mb: size of a shard, in millions of bytes.
@@ -42,7 +42,7 @@ class Settings:
     """
 
     source: str
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: tuple[tuple[str, str], ...] = ()
     image_folder: str = ""
     split: str = "train"
     min_side: int = 32
@@ -50,8 +50,8 @@ class Settings:
     max_pixels: int = 100_000_000
     min_chars: int = 1
     max_chars: int = 2000
-    duplicates: str = "merge"
-    near_duplicates: int = 2
+    duplicates: str = "near"
+    near_bits: int = 2
     resize: int = 0
     jpeg_quality: int = 90
     shard_mb: float = 256.0
@@ -60,19 +60,19 @@ class Settings:
     def __post_init__(self):
         least = {
             "min_side": 1, "max_aspect": 1, "max_pixels": 1, "min_chars": 1,
-            "max_chars": self.min_chars, "near_duplicates": -1, "resize": 0, "block": 1,
+            "max_chars": self.min_chars, "near_bits": 0, "resize": 0, "block": 1,
         }  # fmt: skip
         for name, value in least.items():
             if not getattr(self, name) >= value:  # not < : also for NaN
                 self._refuse(name, f"must be {value} or more")
         if not self.shard_mb > 0:
             self._refuse("shard_mb", "must be above 0")
-        if self.near_duplicates > 8:
-            self._refuse("near_duplicates", "must be 8 or less: other pictures would be dropped")
+        if self.near_bits > 8:
+            self._refuse("near_bits", "must be 8 or less: more would be other pictures")
         if not 1 <= self.jpeg_quality <= 100:
             self._refuse("jpeg_quality", "must lie between 1 and 100")
-        if self.duplicates not in ("merge", "keep"):
-            self._refuse("duplicates", "must be merge or keep")
+        if self.duplicates not in DUPLICATES:
+            self._refuse("duplicates", f"must be {', '.join(DUPLICATES)}")
         if not re.fullmatch("[a-z][a-z0-9_]*", self.split) or self.split == "all":
             self._refuse("split", "must be a name such as train or validation")
 
@@ -107,7 +107,7 @@ def open_part(settings: Settings, part: str, first: str) -> Source:
     if not folder and part != first:
         folder = os.path.dirname(first)
     return open_source(
-        part, image_size_px=_DRAWN_PX, fields=settings.fields, image_folder=folder
+        part, image_size_px=_DRAWN_PX, fields=dict(settings.fields), image_folder=folder
     )
 
 
