@@ -1,0 +1,126 @@
+"""Times whole training steps: forward, backward, update.
+
+    python benchmarks/step_time.py --task=stage1 --size=small --peer
+
+prints a table of our step and, in turns with it, that of PyTorch with transformers' modules. Needs
+jax, flax, optax, ml_collections and jaxtyping; the peer also torch and transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from workloads import SIZES, TASKS, OurStep, make_config, random_batch  # noqa: E402
+
+# Dense bf16 operations a second, from the data sheets; of a CPU a product is timed.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="stage1")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--batch-size", type=int, default=0, help="by default that of the size")
+    parser.add_argument("--peer", action="store_true", help="PyTorch, in turns with ours")
+    parser.add_argument("--rounds", type=int, default=5, help="in each, one measurement of either")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a measurement")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    config = make_config(options.task, options.size, options.batch_size, dtype)
+    ours = OurStep(config)
+    steps = {"jaxblip": ours}
+    if options.peer:
+        from peers.torch_step import TorchStep
+
+        steps["torch"] = TorchStep(config, random_batch(ours.task))
+    seconds = interleaved(steps, options.rounds, options.steps)
+    figures = {
+        "machine": f"{device.device_kind}, {os.cpu_count()} cores, {jax.device_count()} device(s)",
+        "task": options.task,
+        "size": options.size,
+        "batch_size": config.batch_size,
+        "dtype": dtype,
+        "seconds": seconds,
+        "images_per_s": {name: config.batch_size / s for name, s in seconds.items()},
+        "operations": ours.operations,
+        "tflops_per_s": {name: ours.operations / s / 1e12 for name, s in seconds.items()},
+        "peak_tflops_per_s": peak(device) * jax.device_count() / 1e12,
+        "memory_gib": ours.memory_bytes / 2**30,
+        "compile_s": ours.compile_s,
+    }
+    if "torch" in seconds:
+        figures["ratio"] = seconds["jaxblip"] / seconds["torch"]
+    print("\n".join(table(figures)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def interleaved(steps, rounds: int, count: int) -> dict[str, float]:
+    """Median seconds of a step of each, measured in turns; the first step of each is left out."""
+    for step in steps.values():
+        step()
+    measured = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for _ in range(count):
+                step()
+            measured[name].append((time.perf_counter() - begin) / count)
+    return {name: statistics.median(times) for name, times in measured.items()}
+
+
+def peak(device: jax.Device) -> float:
+    """Operations a second that a device can do in matrix products."""
+    for name, operations in PEAKS.items():
+        if name in device.device_kind:
+            return operations
+    side = 2048
+    product = jax.jit(jnp.matmul)
+    matrix = jnp.ones((side, side), jnp.float32)
+    product(matrix, matrix).block_until_ready()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(times)
+
+
+def table(figures: dict) -> list[str]:
+    peak_tflops = figures["peak_tflops_per_s"]
+    lines = [
+        f"{figures['task']} {figures['size']}, batch {figures['batch_size']}, {figures['dtype']}, "
+        f"{figures['machine']}; {figures['operations'] / 1e12:.3f} TFLOP a step, peak "
+        f"{peak_tflops:.2f} TFLOP/s",
+        f"{'':10}{'s/step':>10}{'images/s':>10}{'TFLOP/s':>10}{'of peak':>10}",
+    ]
+    for name, seconds in figures["seconds"].items():
+        tflops = figures["tflops_per_s"][name]
+        lines.append(
+            f"{name:10}{seconds:>10.4g}{figures['images_per_s'][name]:>10.4g}{tflops:>10.4g}"
+            f"{tflops / peak_tflops:>10.1%}"
+        )
+    if "ratio" in figures:
+        lines.append(f"jaxblip takes {figures['ratio']:.2f} of the time of torch")
+    lines.append(
+        f"jaxblip: {figures['memory_gib']:.2f} GiB as planned by the compiler, "
+        f"{figures['compile_s']:.1f} s to compile"
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
