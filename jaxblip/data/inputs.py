@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 
 from jaxblip.data.captions import EachCaption
 from jaxblip.data.eval_set import EvalSet, iterate_eval_images
-from jaxblip.data.mixture import WEIGHT, TrainSource, configs_of_sources, shares
+from jaxblip.data.mixture import (
+    WEIGHT,
+    TrainSource,
+    configs_of_sources,
+    section_of,
+    shares,
+)
 from jaxblip.data.packing import PackedSource, PackTexts
 from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess, input_tokens
@@ -53,7 +59,7 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
     Without config.data.mixture that is the one that config.data.train names.
     """
     configs = configs_of_sources(config)
-    opened = {name: _open_train_source(each) for name, each in configs.items()}
+    opened = {name: _open_train_source(each, name) for name, each in configs.items()}
     sizes = [len(source) for source in opened.values()]
     weights = [config.data.mixture.get(name, {}).get(WEIGHT, 1.0) for name in configs]
     if sum(sizes) < config.batch_size:
@@ -70,7 +76,7 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
     ]
 
 
-def _open_train_source(config: ConfigDict) -> Source:
+def _open_train_source(config: ConfigDict, name: str) -> Source:
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
@@ -95,7 +101,8 @@ def _open_train_source(config: ConfigDict) -> Source:
     if block < 1 or len(source) % block:
         raise UserError(
             f"data.shuffle_block={block} does not divide the {len(source)} examples of "
-            f"{config.data.train}: --config.data.shuffle_block=1 shuffles them one by one."
+            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one by "
+            "one."
         )
     return source
 

@@ -88,6 +88,11 @@ def configs_of_sources(config: ConfigDict) -> dict[str, ConfigDict]:
     return found
 
 
+def section_of(name: str) -> str:
+    """Where the fields of a source are in the config, "data" without a mixture."""
+    return f"data.mixture.{name}" if name else "data"
+
+
 def check_section(name: str, section: Sequence[str]) -> None:
     """Raises UserError where a section of config.data.mixture has a field that no source has."""
     known = (*OF_A_SOURCE, WEIGHT)

@@ -236,6 +236,7 @@ def test_each_source_has_its_own_prompt(tmp_path):
     ("config.data.mixture_exponent=-1", "mixture_exponent=-1.0"),
     ("config.data.train=other.jsonl", "'other.jsonl' is read by no source"),
     ("config.data.mixture.few=7", "is a section"),
+    ("config.data.mixture.few.shuffle_block=3", "--config.data.mixture.few.shuffle_block=1"),
     ("config.data.mixture.other.prompt=a", "config.data.mixture.other names no source"),
 ])  # fmt: skip
 def test_wrong_mixtures_are_refused(tmp_path, override, message):
