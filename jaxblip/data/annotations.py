@@ -76,7 +76,7 @@ def _read(path: str) -> Any:
     except OSError as error:
         raise storage.unreadable(path, error) from error
     except ValueError as error:
-        raise UserError(f"{storage.shown(path)} is no JSON: {error}.") from error
+        raise UserError(f"{storage.shown(path)} is no JSON: {storage.phrase(error)}.") from error
 
 
 def _rows(
@@ -197,7 +197,7 @@ def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, 
     def row(question):
         key, image = question["question_id"], question["image_id"]
         if key not in answers_of:
-            raise BadRow(f"question {key} has no annotation")
+            raise BadRow(f"question {shown_json(key)} has no annotation")
         return {
             "image": f"COCO_{subset}_{image:012d}.jpg",
             "question": question["question"],

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxblip.data import storage
-from jaxblip.data.samples import BadSample
+from jaxblip.data.json_text import parse_json
+from jaxblip.data.rows import MAX_IMAGE_BYTES
+from jaxblip.data.samples import BadSample, LeftOut
 from jaxblip.errors import UserError
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 _ENDINGS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "caption", "json": "json"}
 _KINDS = ("image", "caption", "json")
-_MAX_TEXT_BYTES = 1 << 20  # of a .txt or .json member: what is longer is no caption
+MAX_TEXT_BYTES = 1 << 20  # of a .txt or .json file: what is longer is no caption
+_MAX_HEADER_BYTES = 1 << 15  # of a member
+_LONG_NUMBER = re.compile(rb"\d{256}")  # which tarfile tries from each of its digits
+_END_BYTES = 2 * tarfile.RECORDSIZE  # that are looked at behind the last member
 
 
 class WebDatasetRows:
     """The samples of tar shards, read in place by position: random access, nothing is unpacked.
 
     A row has `image`, the bytes of the .jpg, .png or .webp member; `caption`, the text of the .txt
-    member; the entries of the .json member; and `__key__`, the common name. Members that are no
-    plain files (links, devices) and those of names with other endings are left out; nothing is
-    ever written to the paths that an archive names.
+    member; the entries of the .json member; and `__key__`, the common name. The members of a sample
+    may stand anywhere in a shard. Those that are no plain files (links, devices) or come a second
+    time are left out; nothing is ever written to the paths that an archive names.
 
     Args:
       spec: a path, a glob, or a brace pattern such as "cc3m-{0000..0331}.tar".
 
     Attributes:
-      problems: what is wrong with shards that can be used in part, a sentence each.
+      problems: what is left out, and which shards are damaged, a sentence each.
 
     Raises:
       UserError: a shard is missing, no tar file, or there is no sample in any.
@@ -46,13 +51,13 @@ class WebDatasetRows:
         self.problems: list[str] = []
         self._keys: list[tuple[int, str]] = []  # (shard, common name)
         # Rows of (sample, kind, first byte, length), kinds numbered as in _KINDS.
-        members = [row for number in range(len(self._paths)) for row in self._index(number)]
+        members = [row for shard in range(len(self._paths)) for row in self._index(shard)]
         if not self._keys:
             raise UserError(
-                f"{self._paths[0]} has no samples; a sample is an image such as 0001.jpg with "
-                "0001.txt or 0001.json beside it."
+                f"{storage.shown(self._paths[0])} has no samples; a sample is an image such as "
+                "0001.jpg with 0001.txt or 0001.json beside it."
             )
-        self._members = np.array(members, np.int64)
+        self._members = np.array(sorted(members), np.int64)
         self._first = np.searchsorted(self._members[:, 0], np.arange(len(self._keys) + 1))
 
     def __len__(self) -> int:
@@ -64,10 +69,14 @@ class WebDatasetRows:
         for _, kind, start, length in self._members[
             self._first[index] : self._first[index + 1]
         ].tolist():
+            if length > (MAX_IMAGE_BYTES if _KINDS[kind] == "image" else MAX_TEXT_BYTES):
+                reason = "gigantic image" if _KINDS[kind] == "image" else "bad row"
+                detail = f"{self.place(index)}: its {_KINDS[kind]} has {length >> 20} MiB"
+                raise BadSample(reason, detail)
             try:
                 content = storage.read_bytes(self._paths[shard], start, length)
             except OSError as error:
-                raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+                raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
             if len(content) < length:
                 raise BadSample("truncated shard", self.place(index))
             if _KINDS[kind] == "json":
@@ -78,49 +87,113 @@ class WebDatasetRows:
 
     def place(self, index: int) -> str:
         shard, key = self._keys[index]
-        return f"{self._paths[shard]}, sample {key}"
+        return f"{storage.shown(self._paths[shard])}, sample {storage.shown(key)}"
 
     def _entries(self, content: bytes, index: int) -> dict[str, Any]:
         try:
-            entries = json.loads(content)
+            entries = parse_json(content)
         except ValueError as error:
-            raise BadSample("bad row", f"{self.place(index)}: {error}") from error
+            raise BadSample("bad row", f"{self.place(index)}: its .json: {storage.phrase(error)}") from error
         if not isinstance(entries, dict):
             raise BadSample("bad row", f"{self.place(index)}: its .json is no object")
         return entries
 
-    def _index(self, shard: int):
-        path = self._paths[shard]
+    def _index(self, shard: int) -> list[tuple[int, int, int, int]]:
+        """The members of a shard that are read; adds to `_keys` and `problems`."""
+        path, shown = self._paths[shard], storage.shown(self._paths[shard])
+        left_out, before = LeftOut(), len(self._keys)
+        numbers: dict[str, int] = {}  # of the samples
+        rows: dict[tuple[int, int], tuple[int, int, int, int]] = {}
         try:
-            with storage.open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                end = file.seek(0, os.SEEK_END)
-                yield from self._samples(shard, archive, end)
-                if end % tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("unexpected end of data")
-        except tarfile.TarError as error:
-            if not any(number == shard for number, _ in self._keys[-1:]):
-                raise UserError(f"{path} is no plain tar file: {error}.") from error
-            self.problems.append(f"{path} is cut off behind sample {self._keys[-1][1]}")
+            with storage.open_file(path) as file:
+                for member in _members(file):
+                    key, kind = _key_and_kind(member, left_out)
+                    if kind is None:
+                        continue
+                    if key not in numbers:
+                        numbers[key] = len(self._keys)
+                        self._keys.append((shard, key))
+                    part = numbers[key], _KINDS.index(kind)
+                    if part in rows:
+                        left_out.add(f"members that are a second {kind} of a sample", member.name)
+                    else:
+                        rows[part] = (*part, member.offset_data, member.size)
         except OSError as error:
             raise storage.unreadable(path, error) from error
+        except _Damaged as error:
+            if len(self._keys) == before:
+                raise UserError(
+                    f"{shown} is no plain tar file: {error}; unpack it if it is compressed."
+                ) from error
+            last = storage.shown(self._keys[-1][1])
+            self.problems.append(f"{shown} is cut off or damaged behind sample {last}: {error}")
+        self.problems += left_out.sentences(shown)
+        return list(rows.values())
 
-    def _samples(self, shard: int, archive: tarfile.TarFile, end: int):
-        last = None
-        for member in archive:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, ending = name.partition(".")
-            kind = _ENDINGS.get(ending.lower())
-            if not member.isreg() or kind is None or not stem:
-                continue
-            if kind != "image" and member.size > _MAX_TEXT_BYTES:
-                continue
-            if member.offset_data + member.size > end:
-                raise tarfile.ReadError("unexpected end of data")
-            key = f"{folder}/{stem}" if folder else stem
-            if key != last:  # members of a sample stand side by side
-                self._keys.append((shard, key))
-                last = key
-            yield len(self._keys) - 1, _KINDS.index(kind), member.offset_data, member.size
+
+class _Damaged(Exception):
+    """What is wrong with a tar file behind its last good member."""
+
+
+class _Headers:
+    """A tar file as `tarfile` may read it: of a damaged one it would read for ever, or all."""
+
+    def __init__(self, file):
+        self._file, self.tell, self.seek = file, file.tell, file.seek
+        self.room = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        self.room -= max(1, size)  # at the end of a file nothing is read again and again
+        if size < 0 or self.room < 0:
+            raise tarfile.ReadError("a header has an impossible length")
+        content = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and _LONG_NUMBER.search(content):
+            raise tarfile.ReadError("a header has an impossible number")
+        return content
+
+
+def _members(file) -> Iterator[tarfile.TarInfo]:
+    """Those of a plain tar file.
+
+    Raises:
+      _Damaged: behind the last one that is whole.
+      OSError: the file cannot be read.
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    headers = _Headers(file)
+    try:
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
+            for member in archive:
+                if member.size < 0 or member.offset_data + member.size > end:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member
+                headers.room = _MAX_HEADER_BYTES
+            begin = archive.offset
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises nearly anything on hostile bytes
+        raise _Damaged(storage.phrase(error)) from error
+    # tarfile ends in silence where a header is damaged.
+    file.seek(begin)
+    rest = file.read(_END_BYTES)
+    if not rest:
+        raise _Damaged("it has no end mark")
+    if any(rest):
+        raise _Damaged("what follows is no header" if any(rest[:512]) else "another file follows")
+
+
+def _key_and_kind(member: tarfile.TarInfo, left_out: LeftOut) -> tuple[str, str | None]:
+    """The sample that a member belongs to, and what it is of it, None if it is left out."""
+    folder, _, name = member.name.rpartition("/")
+    stem, _, ending = name.partition(".")
+    kind = _ENDINGS.get(ending.lower()) if stem else None
+    if kind is None and stem and ending.rpartition(".")[2].lower() in _ENDINGS:
+        left_out.add("members with several dots in their names", member.name)
+    elif kind is not None and (not member.isreg() or member.issparse()):
+        left_out.add("links, devices and the like", member.name)
+        kind = None
+    return (f"{folder}/{stem}" if folder else stem), kind
 
 
 def _text(content: bytes) -> str:

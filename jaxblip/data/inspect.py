@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from jaxblip.data.images import decode_image, resize_square
 from jaxblip.data.samples import BadSample, Source, counts_as_text
+from jaxblip.data.storage import shown
 from jaxblip.data.text import clean_caption
 from jaxblip.errors import UserError
 
@@ -46,16 +47,18 @@ def inspect_source(
     if sheet and not os.path.isdir(os.path.dirname(os.path.abspath(sheet))):
         raise UserError(f"there is no folder for {sheet}: make it first.")
     places = np.unique(np.linspace(0, len(source) - 1, min(max_images, len(source))).astype(int))
-    problems, first = Counter(), {}
+    problems, first, noted = Counter(), {}, set()
 
     def note(place: int, bad: BadSample) -> None:
-        problems[bad.reason] += 1
-        first.setdefault(bad.reason, f"example {place}" + f": {bad.detail}" * bool(bad.detail))
+        if (place, bad.reason) not in noted:  # of what is read twice, with and without images
+            noted.add((place, bad.reason))
+            problems[bad.reason] += 1
+            first.setdefault(bad.reason, _sentence(source, place, bad))
 
     texts = list(_texts(source, note))
     images, sides = {}, []
     conversions = Counter()
-    shown = set(places[_evenly(len(places), _COLUMNS * _ROWS)].tolist())
+    pictured = set(places[_evenly(len(places), _COLUMNS * _ROWS)].tolist())
     for place in places.tolist():
         try:
             example = source[place]
@@ -63,11 +66,10 @@ def inspect_source(
             if isinstance(pixels, bytes):
                 pixels = decode_image(pixels, max_pixels, conversions)
         except BadSample as bad:
-            if bad.reason != "bad row":  # counted with the texts
-                note(place, bad)
+            note(place, bad)
             continue
         sides.append(pixels.shape[1::-1])
-        if place in shown:
+        if place in pictured:
             images[place] = resize_square(pixels, _TILE_PX), example["captions"]
     lines = [*_counts(source, texts), *_examples(source), *_lengths(texts)]
     if sides:
@@ -82,9 +84,19 @@ def inspect_source(
         lines.append(f"  {counts_as_text(conversions)}")
     lines += _problems(source, problems, first)
     if sheet and images:
-        contact_sheet(images.values()).save(sheet, "PNG")
+        try:
+            contact_sheet(images.values()).save(sheet, "PNG")
+        except OSError as error:
+            raise UserError(f"cannot write {sheet} ({error.strerror or error}).") from error
         lines.append(f"Written: {sheet}, {len(images)} pictures from all over the source.")
-    return lines
+    return [shown(line) for line in lines]
+
+
+def _sentence(source: Source, index: int, bad: BadSample) -> str:
+    """What is wrong with an example, and where that stands, if its detail does not say it."""
+    place = source.place(index) if hasattr(source, "place") else ""
+    where = f" ({place})" if place not in bad.detail else ""
+    return f"example {index}{where}" + f": {bad.detail}" * bool(bad.detail)
 
 
 def contact_sheet(tiles: Iterable[tuple[np.ndarray, Sequence[str]]]) -> Image.Image:
@@ -122,7 +134,7 @@ def _counts(source: Source, texts: Sequence[dict]) -> list[str]:
     pictures = len({example["image_id"] for example in texts})
     captions = [caption for example in texts for caption in example["captions"]]
     several = len(captions) / max(1, len(texts))
-    asked = sum("instruction" in example for example in texts)
+    asked = sum(bool(example.get("instruction")) for example in texts)
     lines = [
         f"{len(source):,} examples of {pictures:,} images, {len(captions):,} texts "
         f"({several:.2g} an example, {len(set(captions)):,} different)",

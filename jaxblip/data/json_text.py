@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from jaxblip.data.storage import shown
+
 _MAX_DIGITS = 1000
 
 def parse_json(raw: bytes) -> Any:
@@ -27,7 +29,7 @@ def parse_json(raw: bytes) -> Any:
 def shown_json(value: Any) -> str:
     """The beginning of a value as JSON has it, for messages."""
     try:
-        return json.dumps(value, default=str, ensure_ascii=False)[:60]
+        return shown(json.dumps(value, default=str, ensure_ascii=False)[:60])
     except (TypeError, ValueError, RecursionError):  # such as keys that are bytes
         return f"of type {type(value).__name__}"
 

@@ -64,7 +64,7 @@ class JsonlRows:
             if turn != _NO_TURN:
                 return Answer(line, row, turn).row()
         except (OSError, ValueError, BadRow) as error:  # it was good when it was opened
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
         return row
 
     def place(self, index: int) -> str:
@@ -87,7 +87,7 @@ class JsonlRows:
                     start += len(raw)
         except OSError as error:
             raise UserError(
-                f"cannot read {shown} ({error.strerror or error}); give the path of a JSONL file "
+                f"cannot read {shown} ({storage.phrase(error)}); give the path of a JSONL file "
                 f"with lines like {EXAMPLES[None]}"
             ) from error
         if is_empty:

@@ -175,17 +175,17 @@ class Preprocess:
     def _image(
         self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
     ) -> np.ndarray:
-        if isinstance(image, bytes):
-            image = images.decode_image(image, self.max_image_pixels, conversions)
-        image = images.random_resized_crop(
+        image = images.random_view(
             image,
             rng,
             self.image_size_px,
             self.crop_scale,
             self.crop_aspect,
             self.interpolation,
+            self.flip_probability,
+            self.max_image_pixels,
+            conversions,
         )
-        image = images.random_flip(image, rng, self.flip_probability)
         return images.randaugment(image, rng) if self.randaugment else image
 
 

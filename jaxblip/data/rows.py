@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from jaxblip.data.json_text import shown_json
 from jaxblip.data.samples import BadSample
-from jaxblip.data.storage import join, read_bytes
+from jaxblip.data.storage import join, phrase, read_bytes, shown
 from jaxblip.errors import UserError
 
 # What an example is made of, and the columns that hold it where no field map names another. A
@@ -27,6 +27,7 @@ COLUMNS = {
 }
 # An instruction or None, and the texts that belong to it. The first that a row has in full counts.
 _FORMS = (("question", "answers"), ("instruction", "output"), (None, "captions"))
+_FIRST_ROWS = 10  # of which one must be an example
 MAX_IMAGE_BYTES = 1 << 28  # of an encoded image, before anything of it is read
 _TEXTS = ("captions", "question", "answers", "instruction", "output")
 EXAMPLES = {
@@ -70,19 +71,17 @@ class RowSource:
 
     Attributes:
       has_instructions: whether the rows have a question or an instruction; where they were not all
-        looked at, whether the first one has.
+        looked at, whether the first good one has.
 
     Raises:
-      UserError: the first row is no example. A later one that is none is a bad sample.
+      UserError: none of the first rows is an example. A row that is none is a bad sample.
     """
 
     def __init__(self, rows: Rows, columns: Mapping[str, tuple[str, ...]], images: bool = True):
         self._rows, self._columns, self._images = rows, columns, images
-        try:
-            first = check_row(rows[0], columns)
-        except BadRow as bad:
-            raise UserError(f"{rows.place(0)}: {bad}") from bad
-        self.has_instructions = getattr(rows, "has_instructions", first is not None)
+        self.has_instructions = getattr(rows, "has_instructions", None)
+        if self.has_instructions is None:
+            self.has_instructions = _first_form(rows, columns) is not None
 
     @property
     def problems(self) -> list[str]:
@@ -109,9 +108,7 @@ class RowSource:
             except (OSError, ValueError) as error:
                 too_long = isinstance(error, OSError) and error.errno == errno.EFBIG
                 reason = "gigantic image" if too_long else "missing image"
-                why = getattr(error, "strerror", None) or error
-                detail = f"{image!r:.200} ({why!s:.200}), of {self._rows.place(index)}"
-                raise BadSample(reason, detail) from error
+                raise BadSample(reason, f"{self.place(index)}: {phrase(error)}") from error
         return example
 
     def place(self, index: int) -> str:
@@ -131,6 +128,19 @@ class RowSource:
         source = object.__new__(RowSource)
         source.__dict__.update(self.__dict__, _images=False)
         return source
+
+
+def _first_form(rows: Rows, columns: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The kind of instruction of the first row that is an example, see `check_row`."""
+    first_bad = None
+    for index in range(min(_FIRST_ROWS, len(rows))):
+        try:
+            return check_row(rows[index], columns)
+        except BadRow as bad:
+            first_bad = first_bad or f"{rows.place(index)}: {bad}"
+        except BadSample as bad:
+            first_bad = first_bad or bad.detail
+    raise UserError(first_bad)
 
 
 def columns_of(fields: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -171,8 +181,8 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) ->
             lacks, example = _lacks(row, columns)
         else:
             lacks, example = f'"{columns["image"][0]}"', EXAMPLES[form[0]]
-        has = ", ".join(f'"{name}"' for name in row) or "nothing"
-        raise BadRow(f"no {lacks}, the line has {has:.300}; write it like {example}")
+        has = shown(", ".join(f'"{name}"' for name in row)[:300]) or "nothing"
+        raise BadRow(f"no {lacks}, the line has {has}; write it like {example}")
     instruction, texts = form
     _check_image(image, row[image])
     if instruction is not None:

@@ -40,6 +40,7 @@ class BadSample(Exception):
     """One sample cannot be used: `reason` is one of SKIP_REASONS, `detail` says which and why."""
 
     def __init__(self, reason: str, detail: str = ""):
+        detail = shown(" ".join(detail.split())[:1000])  # of libraries, files and captions
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -64,7 +65,7 @@ class LeftOut:
     def sentences(self, source: str) -> list[str]:
         """One about each kind, for the `problems` of `source`."""
         return [
-            f"{source}: {count:,} {what} left out, such as {self._first[what]}"
+            f"{what}, left out of {source}: {count:,}, such as {self._first[what]}"
             for what, count in self._counts.items()
         ]
 

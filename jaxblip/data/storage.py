@@ -73,7 +73,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 def unreadable(path: str, error: OSError) -> UserError:
     """What to raise where a file that the user named cannot be read."""
-    return UserError(f"cannot read {shown(path)} ({error.strerror or error}): check the path.")
+    return UserError(f"cannot read {shown(path)} ({phrase(error)}): check the path.")
 
 
 def read_bytes(path: str, start: int = 0, length: int = -1, most: int = 0) -> bytes:
@@ -116,9 +116,15 @@ def retry(read: Callable[[], T]) -> T:
     return read()
 
 
-def shown(path: str) -> str:
-    """A path for messages: what would break the line or change its direction is escaped."""
-    return path if path.isprintable() else repr(path)[1:-1]
+def shown(text: str) -> str:
+    """A path or the like for messages: what would break or turn the line is escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def phrase(error: Exception) -> str:
+    """What an error says, in a line of a few hundred characters at most."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return shown(" ".join(said.split())[:300].rstrip("."))
 
 
 def files(spec: str | os.PathLike) -> Sequence[str]:
@@ -134,7 +140,7 @@ def files(spec: str | os.PathLike) -> Sequence[str]:
         filesystem, path = fsspec.core.url_to_fs(spec)
         found = sorted(filesystem.glob(path))
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"cannot list {spec} ({error}): check the path.") from error
+        raise UserError(f"cannot list {shown(spec)} ({phrase(error)}): check the path.") from error
     if not found:
-        raise UserError(f"no file is called {spec}: check the path, or quote it for the shell.")
+        raise UserError(f"no file is called {shown(spec)}: check the path, or quote it for the shell.")
     return [filesystem.unstrip_protocol(name) if is_url(spec) else name for name in found]

@@ -58,7 +58,7 @@ class CsvRows:
             [cells] = self._reader(io.StringIO(text, newline=""))
             row = dict(zip(self._names[number], cells, strict=True))
         except (OSError, ValueError, csv.Error) as error:  # it was good when it was opened
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
         row.pop("", None)
         return row
 
@@ -102,7 +102,7 @@ class CsvRows:
             raise UserError(f"{shown} is not UTF-8: save it as UTF-8.") from error
         except csv.Error as error:
             raise UserError(
-                f"{shown}:{line_num}: no row of a table: {error}; put cells with quotes or line "
+                f"{shown}:{line_num}: no row of a table: {storage.phrase(error)}; put cells with quotes or line "
                 "breaks in double quotes, and write quotes inside them twice."
             ) from error
         if not count:
@@ -158,7 +158,7 @@ class ParquetRows:
         try:
             [row] = self._table(group).slice(index - start, 1).to_pylist()
         except Exception as error:  # decoders raise nearly anything on hostile bytes
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
         return {name: value for name, value in row.items() if value is not None}
 
     def place(self, index: int) -> str:
@@ -206,7 +206,7 @@ class ParquetRows:
             groups = range(metadata.num_row_groups)
             sizes = [metadata.row_group(group).num_rows for group in groups]
         except Exception as error:  # decoders raise nearly anything on hostile bytes
-            raise UserError(f"{shown} is no Parquet file: {error}.") from error
+            raise UserError(f"{shown} is no Parquet file: {storage.phrase(error)}.") from error
         _check_names(names, shown)
         if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
             raise UserError(f"{shown} is damaged: its numbers of rows disagree.")

@@ -27,7 +27,7 @@ from jaxblip.data.tokenizers import (
 from jaxblip.errors import UserError
 from jaxblip.interop.export import export_run
 from jaxblip.interop.load import QuietParam
-from jaxblip.interop.parts import lacking_parts, with_part
+from jaxblip.interop.parts import PART_NAMES, lacking_parts, with_part
 from jaxblip.interop.processors import find_image_processing
 from jaxblip.interop.published import LAVIS_NAMES, Published, open_published
 from jaxblip.models.opt import OptConfig
@@ -190,6 +190,8 @@ def published_config(
     limits += [section.max_positions for section in _with_positions(model)]
     if published.task == "instruct":  # the Q-Former reads the instruction, not the text
         limits.remove(model.qformer.max_positions)
+        if model.qformer.vocab_size > len(qformer_tokenizer):  # BERT's; InstructBLIP's has it
+            add_dec_token(qformer_tokenizer)
         data.max_instruction_tokens = min(data.max_instruction_tokens, model.qformer.max_positions)
     if published.task in STAGE2_TASKS and "max_positions" in model.language_model:
         limits.append(model.language_model.max_positions - model.qformer.num_query_tokens)
@@ -243,11 +245,11 @@ def _check_is_whole(published: Published) -> None:
     if not published.task:
         raise UserError(f"{name} is one part of a model, which is no run by itself: {training}.")
     if lacking := lacking_parts(published):
-        what = " and ".join(part.replace("_", " ") for part in lacking)
+        what = " and ".join(PART_NAMES[part] for part in lacking)
         options = " ".join(f"--{part.replace('_', '-')}=SOURCE" for part in lacking)
         fields = " and ".join(f"config.init.{part}=SOURCE" for part in lacking)
         raise UserError(
-            f"{name} comes without a {what}: add {options}, or {training}, with {fields}."
+            f"{name} comes without {what}: add {options}, or {training}, with {fields}."
         )
 
 

@@ -151,7 +151,7 @@ class StoredParam:
 
 
 class QuietParam(StoredParam):
-    """A stored parameter for a writer with threads, each of which would print its stack at an error.
+    """A stored parameter for a writer with threads, which at an error would print their stacks.
 
     The first error of all that share `errors` goes there; from then on they read zeros.
     """

@@ -10,6 +10,7 @@ from jaxblip.config import default_config
 from jaxblip.errors import UserError
 from jaxblip.interop.published import SECTIONS, Published
 
+PART_NAMES = {"vision": "image encoder", "language_model": "language model"}
 CLIPS = ("CLIPModel", "CLIPVisionModel")
 
 

@@ -136,7 +136,7 @@ def test_a_shard_that_is_cut_off_gives_what_is_whole(tmp_path, end):
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:end])
     source = opened(tmp_path / "cut.tar")
     assert captions(source) == [["one"], ["two"]]
-    assert "cut.tar is cut off behind sample 2" in source._rows.problems[0]
+    assert "cut.tar is cut off or damaged behind sample 2: " in source._rows.problems[0]
     (tmp_path / "none.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"none\.tar is no plain tar file"):
         opened(tmp_path / "none.tar")
@@ -159,7 +159,9 @@ def test_folders_of_images(folder):
     (folder / "pictures/1.txt").write_text("a red one\n", encoding="utf-8")
     source = opened(folder / "pictures")
     assert [(e["image"], e["captions"]) for e in examples(source)] == [(RED, ["a red one"])]
-    assert source._rows.problems == ["1 images without a .txt beside them, such as 2.png"]
+    assert source.problems == [
+        f"images without a .txt beside them, left out of {folder}/pictures: 1, such as 2.png"
+    ]
     lines = [{"file_name": "2.png", "text": "blue"}, {"file_name": "1.png", "text": "red"}]
     (folder / "pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = opened(folder / "pictures")

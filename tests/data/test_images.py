@@ -1,8 +1,6 @@
-"""Decoding of every kind of file that people have, and the augmentations against references."""
+"""Images as squares, and the augmentations against references."""
 
 import io
-import struct
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -10,201 +8,17 @@ import pytest
 from PIL import Image
 
 from jaxblip.data import images
-from jaxblip.data.images import decode_image
-from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample
-
-LIMIT = 10_000
+from jaxblip.data.samples import BadSample
+from photos import jpeg, texture
 
 
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+LIMIT = 2_000_000
 
 
 def photo(height=30, width=40, seed=0) -> np.ndarray:
     """Smooth noise, so that JPEG keeps it about."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def decoded(data: bytes) -> tuple[np.ndarray, dict]:
-    conversions = Counter()
-    pixels = decode_image(data, LIMIT, conversions)
-    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
-    assert set(conversions) <= set(CONVERSIONS)
-    return pixels, dict(conversions)
-
-
-def png(width, height, bits, colour_type, rows: bytes) -> bytes:
-    """A PNG written by hand, for what Pillow does not write."""
-    def chunk(kind, body):
-        return (struct.pack(">I", len(body)) + kind + body
-                + struct.pack(">I", zlib.crc32(kind + body)))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
-def test_plain_rgb_comes_back_as_it_is():
-    pixels, conversions = decoded(encode(Image.fromarray(photo())))
-    np.testing.assert_array_equal(pixels, photo())
-    assert conversions == {}
-    assert abs(decoded(encode(Image.fromarray(photo()), "JPEG", quality=95))[0].astype(int)
-               - photo()).mean() < 4
-
-
-def test_cmyk():
-    cmyk = np.zeros((8, 8, 4), np.uint8)
-    cmyk[..., 1] = cmyk[..., 2] = 255  # magenta and yellow make red
-    pixels, conversions = decoded(
-        encode(Image.frombytes("CMYK", (8, 8), cmyk.tobytes()), "JPEG", quality=100)
-    )
-    assert abs(pixels.astype(int) - (255, 0, 0)).max() <= 3
-    assert conversions == {"converted CMYK": 1}
-
-
-def test_16_bit_grey_keeps_its_range():
-    values = np.array([[0, 257, 51400, 65535]], np.uint16)
-    pixels, conversions = decoded(encode(Image.fromarray(values)))
-    np.testing.assert_array_equal(pixels[0, :, 0], [0, 1, 200, 255])
-    assert (pixels == pixels[..., :1]).all()
-    assert conversions == {"converted 16-bit": 1}
-
-
-def test_16_bit_rgb():
-    rows = b"\0" + np.array([[65535, 0, 32768], [256, 512, 1024]], ">u2").tobytes()
-    pixels, conversions = decoded(png(2, 1, 16, 2, rows))
-    np.testing.assert_array_equal(pixels[0], [[255, 0, 128], [1, 2, 4]])
-    assert conversions == {"converted 16-bit": 1}
-
-
-def test_palette_with_and_without_transparency():
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    pixels, conversions = decoded(encode(palette))
-    assert (pixels == (10, 200, 30)).all()
-    assert conversions == {"converted palette": 1}
-    pixels, conversions = decoded(encode(palette, transparency=1))
-    assert (pixels == 255).all()
-    assert conversions == {"converted palette": 1, "converted alpha": 1}
-
-
-def test_alpha_lies_on_white():
-    rgba = np.zeros((1, 3, 4), np.uint8)
-    rgba[0, :, 0] = 200
-    rgba[0, :, 3] = (255, 128, 0)
-    pixels, conversions = decoded(encode(Image.fromarray(rgba)))
-    expected = np.round(255 + (np.array([200, 0, 0]) - 255) * rgba[0, :, 3:] / 255)
-    assert abs(pixels[0] - expected).max() <= 1
-    assert conversions == {"converted alpha": 1}
-
-
-def test_rgb_with_a_transparent_colour():
-    image = Image.fromarray(np.array([[[9, 9, 9], [1, 2, 3]]], np.uint8))
-    pixels, conversions = decoded(encode(image, transparency=(9, 9, 9)))
-    np.testing.assert_array_equal(pixels[0], [[255, 255, 255], [1, 2, 3]])
-    assert conversions == {"converted alpha": 1}
-
-
-@pytest.mark.parametrize("mode", ["L", "1"])
-def test_grey(mode):
-    pixels, conversions = decoded(encode(Image.new(mode, (3, 2), 255)))
-    assert pixels.shape == (2, 3, 3) and (pixels == 255).all()
-    assert conversions == {"converted grayscale": 1}
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_of_an_animation_the_first_frame(kind):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
-    pixels, conversions = decoded(
-        encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-    )
-    assert (pixels == (255, 0, 0)).all()
-    assert conversions["first frame of animation"] == 1
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize(
-    ("orientation", "upright"),
-    [
-        (1, lambda a: a),
-        (2, lambda a: a[:, ::-1]),
-        (3, lambda a: a[::-1, ::-1]),
-        (4, lambda a: a[::-1]),
-        (5, lambda a: a.transpose(1, 0, 2)),
-        (6, lambda a: np.rot90(a, -1)),
-        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
-        (8, lambda a: np.rot90(a)),
-    ],
-)
-def test_exif_orientation(kind, orientation, upright):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    pixels, conversions = decoded(encode(Image.fromarray(photo()), kind, exif=exif))
-    plain, _ = decoded(encode(Image.fromarray(photo()), kind))
-    np.testing.assert_array_equal(pixels, upright(plain))
-    assert conversions == ({} if orientation == 1 else {"rotated by EXIF": 1})
-
-
-@pytest.mark.parametrize(
-    ("image", "conversion"),
-    [
-        (Image.fromarray(photo()).convert("L"), "converted grayscale"),
-        (Image.fromarray(photo()).convert("RGBA"), "converted alpha"),
-        (Image.fromarray(photo()[..., 0].astype(np.uint16) * 257), "converted 16-bit"),
-    ],
-    ids=["grey", "alpha", "16-bit"],
-)
-def test_exif_orientation_of_an_image_that_is_converted_too(image, conversion):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pixels, conversions = decoded(encode(image, exif=exif))
-    np.testing.assert_array_equal(pixels, np.rot90(decoded(encode(image))[0], -1))
-    assert conversions == {"rotated by EXIF": 1, conversion: 1}
-
-
-def _truncated(kind):
-    data = encode(Image.fromarray(photo(90, 90)), kind)
-    return data[: len(data) * 2 // 3]
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "zero-size image"),
-        (b"no image at all", "corrupt image"),
-        (encode(Image.fromarray(photo()))[:20], "corrupt image"),
-        (_truncated("JPEG"), "truncated image"),
-        (_truncated("PNG"), "truncated image"),
-        (png(0, 5, 8, 2, b""), "corrupt image"),  # Pillow does not open such a file
-        (encode(Image.new("RGB", (101, 100))), "gigantic image"),
-        (png(60_000, 60_000, 8, 2, b""), "gigantic image"),  # beyond Pillow's own limit
-        (png(2, 2, 8, 2, b"\0" * 3), "truncated image"),
-        (encode(Image.new("F", (4, 4)), "TIFF"), "unsupported image"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{len(value)}_bytes",
-)
-def test_what_cannot_be_used_has_a_reason(data, reason):
-    with pytest.raises(BadSample) as caught:
-        decode_image(data, LIMIT)
-    assert caught.value.reason == reason
-    assert reason in SKIP_REASONS
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about broken TIFF tags
-def test_no_bytes_at_all_raise_anything_else():
-    rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"):
-        data = encode(Image.fromarray(photo()), kind)
-        for _ in range(60):
-            broken = np.frombuffer(data, np.uint8).copy()
-            broken[rng.integers(len(broken), size=8)] = rng.integers(256, size=8)
-            try:
-                decode_image(broken.tobytes(), LIMIT)
-            except BadSample as bad:
-                assert bad.reason in SKIP_REASONS
 
 
 def test_eval_resize_is_pillows_bicubic_and_ignores_the_aspect():
@@ -242,6 +56,136 @@ def test_of_a_ribbon_only_the_middle_is_resized():
     cut = images.resize_square(ribbon, 24, "shortest_edge")
     expected = images.resize_square(middle, 24, "shortest_edge")
     np.testing.assert_array_equal(cut, expected)
+
+
+def old_view(image, rng, size_px, conversions, interpolation="bicubic"):
+    """Pillow alone, step by step, which `random_view` is to be like."""
+    if isinstance(image, bytes):
+        image = images.decode_image(image, LIMIT, conversions)
+    args = ((0.5, 1.0), (3 / 4, 4 / 3), interpolation)
+    return images.random_flip(images.random_resized_crop(image, rng, size_px, *args), rng, 0.5)
+
+
+def both_views(image, size_px, seed=0, interpolation="bicubic"):
+    """What `random_view` and Pillow make of an image, having checked that they draw the same."""
+    results = []
+    for make in (images.random_view, old_view):
+        rng, conversions = np.random.default_rng(seed), Counter()
+        if make is old_view:
+            pixels = old_view(image, rng, size_px, conversions, interpolation)
+        else:
+            pixels = images.random_view(
+                image, rng, size_px, interpolation=interpolation, max_pixels=LIMIT,
+                conversions=conversions,
+            )  # fmt: skip
+        results.append((pixels, conversions, rng.random()))
+    (ours, *our_rest), (theirs, *their_rest) = results
+    assert our_rest == their_rest
+    assert ours.shape == theirs.shape and ours.dtype == np.uint8
+    return ours, theirs
+
+
+def assert_close(ours, theirs):
+    """Within 1/255 on average and 2/255 for 99.9 % of the values."""
+    difference = abs(ours.astype(int) - theirs)
+    assert difference.mean() <= 1 and np.quantile(difference, 0.999) <= 2
+
+
+@pytest.mark.parametrize("interpolation", images.INTERPOLATIONS)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize(
+    ("shape", "size_px"), [((24, 40), 32), ((160, 213), 48), ((480, 640), 224), ((700, 900), 48)]
+)
+def test_a_view_of_a_jpeg_is_like_pillows(shape, size_px, subsampling, interpolation):
+    for seed in range(4):
+        data = jpeg(
+            texture(*shape, seed), quality=80, subsampling=subsampling, progressive=seed % 2 == 0
+        )
+        ours, theirs = both_views(data, size_px, seed, interpolation)
+        assert_close(ours, theirs)
+        again = images.random_view(
+            data, np.random.default_rng(seed), size_px, interpolation=interpolation
+        )
+        np.testing.assert_array_equal(ours, again)
+
+
+def test_a_large_jpeg_is_decoded_at_half_a_quarter_or_an_eighth(monkeypatch):
+    divisors = set()
+
+    def decode_jpeg(*args):
+        pixels, divisor = images_decode_jpeg(*args)
+        divisors.add(divisor)
+        return pixels, divisor
+
+    images_decode_jpeg = images.decode_jpeg
+    monkeypatch.setattr(images, "decode_jpeg", decode_jpeg)
+    data = jpeg(texture(1100, 1300), quality=85)
+    for size_px in (400, 192, 96, 48, 32):
+        for seed in range(2):
+            assert_close(*both_views(data, size_px, seed))
+    assert divisors == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        texture(50, 60),
+        texture(50, 60)[..., 0],
+        "PNG",
+        "WEBP",
+        Image.new("CMYK", (60, 50), (10, 200, 30, 40)),
+        6,
+    ],
+    ids=["array", "grey JPEG", "PNG", "WEBP", "CMYK JPEG", "turned JPEG"],
+)
+def test_a_view_of_anything_else_is_pillows_exactly(image):
+    if isinstance(image, str):
+        file = io.BytesIO()
+        Image.fromarray(texture(50, 60)).save(file, image, lossless=True)
+        image = file.getvalue()
+    elif isinstance(image, int):
+        exif = Image.Exif()
+        exif[0x0112] = image
+        image = jpeg(texture(50, 60), exif=exif)
+    elif isinstance(image, Image.Image) or image.ndim == 2:
+        image = jpeg(image)
+    for seed in range(3):
+        ours, theirs = both_views(image, 32, seed)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_is_wrong_with_a_damaged_jpeg_is_what_pillow_says():
+    """Cut off or overwritten anywhere: the same pixels, or the same reason and nothing drawn."""
+    rng = np.random.default_rng(0)
+    seen = Counter()
+    for number in range(300):
+        data = jpeg(texture(40, 56, number % 5), progressive=number % 2 == 0)
+        if number % 3 == 0:
+            data = data[: rng.integers(len(data))]
+        else:
+            broken = np.frombuffer(data, np.uint8).copy()
+            broken[rng.integers(len(broken), size=4)] = rng.integers(256, size=4)
+            data = broken.tobytes()
+        try:
+            expected = old_view(data, np.random.default_rng(number), 24, Counter())
+        except BadSample as bad:
+            seen[bad.reason] += 1
+            ours = np.random.default_rng(number)
+            with pytest.raises(BadSample) as caught:
+                images.random_view(data, ours, 24, max_pixels=LIMIT)
+            assert (caught.value.reason, caught.value.detail) == (bad.reason, bad.detail)
+            assert ours.random() == np.random.default_rng(number).random()
+        else:
+            seen["good"] += 1
+            ours = images.random_view(data, np.random.default_rng(number), 24, max_pixels=LIMIT)
+            assert abs(ours.astype(int) - expected).mean() <= 1
+    assert min(seen[reason] for reason in ("good", "truncated image", "corrupt image")) > 20
+
+
+def test_a_gigantic_jpeg_is_refused_by_its_header():
+    with pytest.raises(BadSample) as caught:
+        images.random_view(jpeg(texture(50, 60)), np.random.default_rng(0), 24, max_pixels=2999)
+    assert caught.value.reason == "gigantic image"
 
 
 @pytest.mark.parametrize("interpolation", images.INTERPOLATIONS)

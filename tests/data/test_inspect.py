@@ -37,8 +37,11 @@ def test_counts_lengths_sizes_and_problems(folder, capsys):
     assert "  width, pixels:  least 10, 5 % 13, median 40, 95 % 40, most 40" in lines
     assert "  converted grayscale 1" in lines
     problems = lines[lines.index("problems:") + 1 :]
-    assert problems[0] == "  empty caption: 1, such as example 3"
-    assert problems[1].startswith("  corrupt image: 1, such as example 2: ")
+    pairs = folder / "pairs.jsonl"
+    assert problems[0] == f"  empty caption: 1, such as example 3 ('1.png' in {pairs}:4)"
+    assert problems[1].startswith(
+        f"  corrupt image: 1, such as example 2 ('3.png' in {pairs}:3): its bytes are of no known"
+    )
     with Image.open(sheet) as image:
         assert image.size == (8 * 160, 204)
 

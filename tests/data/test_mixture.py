@@ -245,6 +245,19 @@ def test_wrong_mixtures_are_refused(tmp_path, override, message):
     assert message in str(error.value)
 
 
+def test_a_source_has_its_own_templates(tmp_path):
+    config = config_of(tmp_path, ["config.data.mixture.few.templates='{} one','{} two'"])
+    few, many = inputs.open_train_sources(config)
+    assert few.config.data.templates == ("{} one", "{} two")
+    assert many.config.data.templates == () and many.config.data.prompt == "Say"
+
+
+def test_a_field_that_the_task_lacks_is_none_of_its_sources():
+    config = default_config("blip_vqa").lock()
+    with pytest.raises(UserError, match="no field 'data.templates'"):
+        apply_overrides(config, ["config.data.mixture.few.templates=a"])
+
+
 def test_a_section_leaves_the_rest_of_the_config_as_it_is(tmp_path):
     config = config_of(tmp_path)
     before = config.to_dict()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax.traverse_util import flatten_dict
 from PIL import Image
 from published_folders import INSTRUCTBLIP, MEAN, STD, pixels, publish, random_model, tokenizer_of
 from reference_blip import (
@@ -24,7 +23,7 @@ from reference_blip import (
     random_texts,
 )
 from reference_blip import CLASSES as BLIP
-from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, read_all, same_bits, shapes_of
+from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, read_all, same_bits
 from tiny_tasks import fast_jit
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,10 +31,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import jaxblip
 from jaxblip.data.inputs import read_eval_set
 from jaxblip.interop.convert import convert
-from jaxblip.interop.families.blip2 import lavis_stage1_layout
-from jaxblip.models.blip2 import Blip2Stage1
-from jaxblip.models.qformer import QFormerConfig
-from jaxblip.models.vit import VitConfig
 from jaxblip.training.restore import load_run
 
 RNG = np.random.default_rng(0)
@@ -373,48 +368,6 @@ def test_gguf(tmp_path, monkeypatch):
             if parameter.ndim == 2:
                 parameter.copy_(parameter.half().float())
     assert_same_language(reference, run_of(tmp_path / "run"))
-
-
-def lavis_state(model):
-    """A stage-1 `.pth` with the sizes and the names of LAVIS, every value its own."""
-    layout, generator = lavis_stage1_layout(model), np.random.default_rng(0)
-    ids, valid = jnp.zeros((1, 3), int), jnp.ones((1, 3), bool)
-    flat = flatten_dict(shapes_of(model, jnp.zeros((1, 8, 8, 3)), ids, valid), sep="/")
-    state = {}
-    for entry in layout.entries:
-        shape = entry.their_shape([slot.shape(flat[slot.path].shape) for slot in entry.ours])
-        state[entry.theirs] = torch.tensor(generator.normal(0, 0.1, shape).astype(np.float32))
-    return state
-
-
-@pytest.mark.parametrize("encoder", ["eva", "clip"])
-def test_lavis(encoder, tmp_path):
-    is_clip = encoder == "clip"
-    vision = VitConfig(
-        image_size_px=8, patch_size_px=4, width=128 if is_clip else 176, num_layers=2,
-        num_heads=2, mlp_width=24, pre_norm=is_clip, patch_bias=not is_clip, key_bias=is_clip,
-        activation="quick_gelu" if is_clip else "gelu",
-        layer_norm_epsilon=1e-5 if is_clip else 1e-6,
-    )  # fmt: skip
-    qformer = QFormerConfig(
-        num_query_tokens=3, width=128, num_layers=2, num_heads=2, mlp_width=24, vocab_size=WORDS,
-        max_positions=8,
-    )  # fmt: skip
-    model = Blip2Stage1(vision, qformer, dec_token_id=WORDS - 1, embed_dim=8)
-    state = lavis_state(model)
-    torch.save({"model": state}, tmp_path / "stage1.pth")
-    tokenizer_of("bert").save_pretrained(tmp_path / "bert")
-    convert(str(tmp_path / "stage1.pth"), str(tmp_path / "run"), tokenizer=str(tmp_path / "bert"))
-    run = run_of(tmp_path / "run")
-    assert run.task.model == model.clone(parent=None)
-    assert run.task.config.model.vision_norm_epsilon == 1e-5
-    np.testing.assert_array_equal(run.params["temperature"], state["temp"].numpy())
-    np.testing.assert_array_equal(
-        run.params["qformer"]["query_tokens"], state["query_tokens"][0].numpy()
-    )
-    if not is_clip:  # transformers has no BLIP-2 with CLIP's encoder
-        lines = "\n".join(convert(str(tmp_path / "run"), str(tmp_path / "hf")))
-        assert "epsilon 1e-06, not with 1e-05" in lines and "itg_head" in lines
 
 
 def test_dtype(tmp_path):

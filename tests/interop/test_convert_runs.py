@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -85,6 +87,32 @@ def failing(tmp_path, arguments, capfd):
     assert message.startswith("jaxblip: error: ")
     assert not list(tmp_path.glob(".*.new"))
     return message
+
+
+FAILING = """
+import sys
+from jaxblip.cli import main
+from jaxblip.errors import UserError
+from jaxblip.interop.load import StoredParam
+
+def fail(self, array, layer, index, fill=StoredParam._fill):
+    if layer == 1:
+        raise UserError("Layer 1 cannot be read: fetch it again.")
+    fill(self, array, layer, index)
+
+StoredParam._fill = fail
+sys.exit(main(["convert", f"--from={sys.argv[1]}", f"--to={sys.argv[2]}"]))
+"""
+
+
+def test_an_error_in_the_midst_of_writing_is_one_sentence(tmp_path):
+    """Orbax's threads would print their stacks, past Python's own stderr: so as a process."""
+    publish(tmp_path / "hf", "OPTForCausalLM")
+    command = [sys.executable, "-c", FAILING, str(tmp_path / "hf"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == "jaxblip: error: Layer 1 cannot be read: fetch it again.\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_instructblip_without_its_second_tokenizer(tmp_path, capfd):

@@ -21,7 +21,6 @@ from jaxblip.interop.load import check, load_params, stored_params
 from jaxblip.interop.save import save_params
 from jaxblip.models.attention import causal_mask
 from jaxblip.models.opt import OptLanguageModel, token_positions
-from jaxblip.models.qformer import QFormerConfig
 from tiny_checkpoints import (
     IMAGE_TOKEN,
     QUERIES,
@@ -308,106 +307,6 @@ def test_full_size(name, text):
     trained = sum(size for k, size in sizes.items() if k not in ("vision", "language_model"))
     head = 768 * 768 + 768 + 2 * 768 + 30523  # of ITG
     assert trained + (head + 1) * retrieval == (186_705_470 if retrieval else 107_133_696)
-
-
-# LAVIS
-
-
-def as_lavis(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of a `Blip2ForImageTextRetrieval` by the names of LAVIS, with what it adds."""
-    renamed = {}
-    for name, tensor in state.items():
-        if name.endswith("self_attn.qkv.bias"):
-            name = name.replace("vision_model.encoder.layers", "visual_encoder.blocks")
-            query, _, value = tensor.chunk(3)
-            renamed[name.replace("self_attn.qkv.bias", "attn.q_bias")] = query
-            renamed[name.replace("self_attn.qkv.bias", "attn.v_bias")] = value
-            continue
-        for theirs, lavis in [
-            ("vision_model.post_layernorm", "ln_vision"),
-            ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-            ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
-            ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
-            ("vision_model.encoder.layers", "visual_encoder.blocks"),
-            ("self_attn.qkv", "attn.qkv"),
-            ("self_attn.projection", "attn.proj"),
-            ("layer_norm", "norm"),
-            ("attention.attention", "attention.self"),  # of crossattention as well
-            ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
-            ("qformer.", "Qformer.bert."),
-            ("vision_projection", "vision_proj"),
-            ("text_projection", "text_proj"),
-        ]:
-            name = name.replace(theirs, lavis)
-        if name.startswith("embeddings."):
-            name = f"Qformer.bert.{name}"
-        renamed[name] = tensor
-    words = renamed["Qformer.bert.embeddings.word_embeddings.weight"]
-    head = "Qformer.cls.predictions"
-    return renamed | {
-        "temp": torch.tensor(0.05),
-        "Qformer.bert.embeddings.position_ids": torch.arange(8)[None],
-        f"{head}.bias": torch.randn(WORDS),
-        f"{head}.decoder.bias": torch.zeros(WORDS),
-        f"{head}.decoder.weight": words,
-        f"{head}.transform.dense.weight": torch.randn(16, 16),
-        f"{head}.transform.dense.bias": torch.randn(16),
-        f"{head}.transform.LayerNorm.weight": torch.randn(16),
-        f"{head}.transform.LayerNorm.bias": torch.randn(16),
-    }
-
-
-def test_lavis_stage1(root, tmp_path):
-    folder = saved("Blip2ForImageTextRetrieval", root)
-    model, expected, _, _ = imported("Blip2ForImageTextRetrieval", folder)
-    reference = transformers.Blip2ForImageTextRetrieval.from_pretrained(folder)
-    state = as_lavis(reference.state_dict())
-    torch.save({"model": state, "epoch": 3, "optimizer": {"lr": 1e-4}}, tmp_path / "stage1.pth")
-
-    weights = open_weights(tmp_path / "stage1.pth")
-    layout = blip2.lavis_stage1_layout(model)
-    inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, TEXT), int), jnp.ones((1, TEXT), bool)
-    shapes = shapes_of(model, *inputs)
-    params = load_params(weights, layout, shapes, on_one_device(shapes))
-    for part, tree in expected.items():
-        jax.tree.map(np.testing.assert_array_equal, params[part], tree)
-    assert params["temperature"] == np.float32(0.05)
-    head = params["itg_head"]
-    transform = "Qformer.cls.predictions.transform"
-    np.testing.assert_array_equal(head["dense"]["kernel"], state[f"{transform}.dense.weight"].T)
-    np.testing.assert_array_equal(head["norm"]["scale"], state[f"{transform}.LayerNorm.weight"])
-    np.testing.assert_array_equal(head["bias"], state["Qformer.cls.predictions.bias"])
-
-    # Without the frozen encoder, as LAVIS saves it, everything else is still there.
-    trained = {k: v for k, v in state.items() if not k.startswith("visual_encoder.")}
-    torch.save({"model": trained}, tmp_path / "trained.pth")
-    shapes.pop("vision")
-    params = load_params(
-        open_weights(tmp_path / "trained.pth"), layout, shapes, on_one_device(shapes)
-    )
-    np.testing.assert_array_equal(params["vision_norm"]["scale"], expected["vision_norm"]["scale"])
-
-
-def test_lavis_sizes_come_from_the_shapes(tmp_path):
-    names = {
-        "query_tokens": (1, 3, 128),
-        "Qformer.bert.embeddings.word_embeddings.weight": (WORDS, 128),
-        "Qformer.bert.embeddings.position_embeddings.weight": (8, 128),
-    }
-    for i in range(4):
-        names[f"Qformer.bert.encoder.layer.{i}.intermediate.dense.weight"] = (24, 128)
-        if i % 2 == 0:
-            at = f"Qformer.bert.encoder.layer.{i}.crossattention.self"
-            names[f"{at}.query.weight"] = (128, 128)
-    file = tmp_path / "stage1.pth"
-    torch.save({"model": {name: torch.zeros(shape) for name, shape in names.items()}}, file)
-    assert blip2.lavis_qformer_config(open_weights(file)) == QFormerConfig(
-        num_query_tokens=3, width=128, num_layers=4, num_heads=2, mlp_width=24,
-        vocab_size=WORDS, max_positions=8,
-    )  # fmt: skip
-    torch.save({"model": {"query_tokens": torch.zeros(1, 3, 128)}}, file)
-    with pytest.raises(UserError, match="word_embeddings.*no stage-1 checkpoint of LAVIS"):
-        blip2.lavis_qformer_config(open_weights(file))
 
 
 # What files of other versions have

@@ -73,12 +73,28 @@ def test_repository_from_the_cache(tmp_path, monkeypatch):
         assert_same_as_library(weights, repository / "snapshots" / "0123abcd")
     # Without network, as here, or with a cache that lacks it.
     with pytest.raises(UserError) as error:
-        open_weights("nothing")
+        open_weights("hf:nothing")
     assert str(error.value) == (
         "There is no folder or file 'nothing', and no Hugging Face repository of that name in the "
         "cache, and the hub was not reached: correct the path or the name, or fetch it where there "
         "is network."
     )
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "typo", "runs/typo@main"])
+def test_a_name_without_hf_asks_the_cache_only(name, tmp_path, monkeypatch):
+    """It may be a mistyped path, for which nobody waits for the network."""
+
+    def ask(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", ask)
+    with pytest.raises(UserError, match=f"no folder or file '{name.split('@')[0]}'.*correct the p"):
+        open_weights(name)
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        open_weights("hf:some/name")
 
 
 @pytest.mark.parametrize("wrong", ["name", "connection"])
@@ -93,7 +109,7 @@ def test_a_repository_that_cannot_be_read(wrong, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError) as error:
-        open_weights("someone/else")
+        open_weights("hf:someone/else")
     assert "'someone/else', and no Hugging Face repository of that name" in str(error.value)
     assert "Error" not in str(error.value)
     assert ("log in" if wrong == "name" else "where there is network") in str(error.value)
@@ -108,7 +124,7 @@ def test_only_weights_configs_and_tokenizers_are_fetched(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    open_weights("someone/tiny@v1.0")
+    open_weights("hf:someone/tiny@v1.0")
     from huggingface_hub.utils import filter_repo_objects
 
     repository = [
@@ -197,6 +213,11 @@ def test_bad_names(tmp_path):
     (tmp_path / "weights.npz").write_bytes(b"")
     for source, message in [
         (tmp_path / "absent" / "folder", "There is no folder or file"),
+        ("./typo", "There is no folder or file"),
+        ("../runs/typo", "There is no folder or file"),
+        ("runs/demo/typo", "There is no folder or file"),
+        ("absent.safetensors", "There is no folder or file"),
+        ("hf:three/part/name", "no name of a Hugging Face repository"),
         (tmp_path / "absent.pth", "There is no folder or file"),
         ("absent.pth", "There is no folder or file"),
         (tmp_path / "weights.npz", "none that weights are read from"),

@@ -91,6 +91,14 @@ class Folder:
             raise UserError(f"cannot look into {self.path} ({error.strerror or error}).") from error
         return {name for name in found if name and not name.endswith(_TEMPORARY)}
 
+    def sweep(self) -> None:
+        """Removes what killed processes have left half written."""
+        if not storage.is_url(self.path) and os.path.isdir(self.path):
+            for name in os.listdir(self.path):
+                if name.endswith(_TEMPORARY):
+                    with self._told():
+                        os.remove(f"{self.path}/{name}")
+
     def remove(self) -> None:
         files, root = self._open()
         with self._told():

@@ -26,7 +26,9 @@ _MAX_LEVELS = 8
 _WINDOW, _MAX_NEAR = 1000, 16
 # What a bucket needs of a trace.
 _SAME = np.dtype([("same", np.uint64, 2), ("index", np.int64)])
-_NEAR = np.dtype([("band", np.uint64), ("asked", np.uint64), ("hash", np.uint64), ("index", np.int64)])
+_NEAR = np.dtype([
+    ("band", np.uint64), ("asked", np.uint64), ("hash", np.uint64), ("index", np.int64),
+])  # fmt: skip
 
 
 def bucket_traces(number: int, job: Job) -> Iterator[tuple[str, bytes]]:
@@ -124,9 +126,10 @@ def plan_block(block: tuple[int, Iterable[tuple]], job: Job) -> None:
     """Notes what is dropped of a block, which texts are added, and what is left.
 
     Writes plan/000007.json with `dropped` (index -> reason), `added` (index -> texts), `reasons`
-    (reason -> [examples, what is said of the first]), and `kept`, `texts` and `bytes` of examples.
+    (reason -> `examples` and what is said of the `first`), and the sums of what is left: `kept`
+    (examples), `texts` and `bytes`.
     """
-    number, told = block[0], sorted(set(block[1]))
+    number, told = block[0], sorted({each for each in block[1] if each})
     lines = {line["index"]: line for line in read_lines(number, job)}
     dropped = {index: line["dropped"] for index, line in lines.items() if "dropped" in line}
     added = defaultdict(list)
@@ -143,11 +146,11 @@ def plan_block(block: tuple[int, Iterable[tuple]], job: Job) -> None:
             case "texts":
                 known = {*lines[index]["texts"], *added[index]}
                 added[index] += [text for text in rest[1] if text not in known]
-    reasons: dict[str, list] = {}
+    reasons: dict[str, dict[str, Any]] = {}
     for index in sorted(dropped):
         detail = lines[index].get("detail", "")
         said = f"example {index}" + f": {detail}" * bool(detail)
-        reasons.setdefault(dropped[index], [0, said])[0] += 1
+        reasons.setdefault(dropped[index], {"examples": 0, "first": said})["examples"] += 1
     kept = [line for index, line in lines.items() if index not in dropped]
     texts = [text for line in kept for text in line["texts"] + added.get(line["index"], [])]
     size = sum(line["bytes"] for line in kept) + sum(len(text.encode()) for text in texts)
@@ -173,10 +176,10 @@ def _thumbnails(number: int, job: Job) -> dict[int, np.ndarray]:
 
 def totals(plans: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The sums of what `plan_block` wrote, of blocks in their order."""
-    reasons: dict[str, list] = {}
-    sums = Counter()
+    sums, dropped = Counter(kept=0, texts=0, bytes=0), {}
     for plan in plans:
-        sums.update({name: plan[name] for name in ("kept", "texts", "bytes")})
-        for reason, (count, first) in plan["reasons"].items():
-            reasons.setdefault(reason, [0, first])[0] += count
-    return dict(sums) | {"reasons": reasons}
+        sums.update({name: plan[name] for name in sums})
+        for reason, found in plan["reasons"].items():
+            known = dropped.setdefault(reason, {"examples": 0, "first": found["first"]})
+            known["examples"] += found["examples"]
+    return dict(sums) | {"dropped": dict(sorted(dropped.items()))}

@@ -59,15 +59,20 @@ class Job(NamedTuple):
     """What the workers of all passes get. Lists that grow with the source stay in files.
 
     Attributes:
-      work: folder of what is between the passes.
+      folder: where the data set is written.
       columns: of the instruction, or None, and of the texts.
       run: a name that no other run has, for what processes remember.
     """
 
     settings: Settings
-    work: Folder
+    folder: Folder
     run: str
     columns: tuple[str | None, str] = (None, "")
+
+    @property
+    def work(self) -> Folder:
+        """Where what is between the passes stands."""
+        return self.folder / f".prepare-{self.settings.split}"
 
     @property
     def parts(self) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 
 from jaxblip.data import storage
 from jaxblip.data.archives import expand_braces
-from jaxblip.data.rows import COLUMNS, RowSource, check_row
-from jaxblip.data.samples import Source
+from jaxblip.data.rows import COLUMNS, BadRow, RowSource, check_row
+from jaxblip.data.samples import BadSample, Source
 from jaxblip.data.sources import open_source
 from jaxblip.errors import UserError
 
@@ -51,7 +52,7 @@ class Settings:
     min_chars: int = 1
     max_chars: int = 2000
     duplicates: str = "near"
-    near_bits: int = 2
+    near_bits: int = 4
     resize: int = 0
     jpeg_quality: int = 90
     shard_mb: float = 256.0
@@ -81,8 +82,10 @@ class Settings:
 
 
 def absolute_source(spec: str) -> str:
-    """`spec` with absolute paths, so that workers find it; procedural ones as they are."""
-    if storage.is_url(spec) or re.fullmatch(r"[a-z_]+:[a-z_]+", spec) and not os.path.exists(spec):
+    """`spec` with absolute paths, so that workers find it; data sets by name as they are."""
+    name, colon, _ = spec.partition(":")
+    named = colon and name.isidentifier() and not os.path.isdir(name)
+    if storage.is_url(spec) or named:
         return spec
     if spec.lower().endswith(".json"):  # perhaps of two files
         return ",".join(map(storage.absolute, spec.split(",")))
@@ -112,11 +115,21 @@ def open_part(settings: Settings, part: str, first: str) -> Source:
 
 
 def text_columns(source: Source) -> tuple[str | None, str]:
-    """The columns that the texts of a source are written to: of the instruction, if any, and of
-    what belongs to it."""
+    """The columns that the texts of a source are written to.
+
+    Returns:
+      That of the instruction, if any, and that of what belongs to it.
+    """
     if not getattr(source, "has_instructions", False):
         return None, COLUMNS["captions"][0]
-    form = "instruction"
-    if isinstance(source, RowSource):  # examples do not say which of the two they have
-        form = check_row(source._rows[0], source._columns)
+    form = _form(source) if isinstance(source, RowSource) else "instruction"
     return form, COLUMNS["answers" if form == "question" else "output"][0]
+
+
+def _form(source: RowSource) -> str:
+    """Which of the two the rows have, that examples call instruction."""
+    for row in range(len(source)):
+        with contextlib.suppress(BadRow, BadSample):
+            if form := check_row(source._rows[row], source._columns):
+                return form
+    return "instruction"
