@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxblip.models.layers import ACTIVATIONS, Attention, Dropout, FeedForward, Linear, layer_norm
+from jaxblip.models.dropout import Dropout
+from jaxblip.models.layers import ACTIVATIONS, Attention, FeedForward, Linear, layer_norm
 
 
 class TextEmbeddings(nn.Module):

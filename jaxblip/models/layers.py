@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention
+from jaxblip.models.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # BERT and EVA-CLIP use the exact form
@@ -180,16 +181,6 @@ class FeedForward(nn.Module):
         dense = partial(Linear, kernel_init=self.kernel_init, dtype=self.dtype)
         x = ACTIVATIONS[self.activation](dense(self.hidden_width, name="up")(x))
         return dense(width, name="down")(x)
-
-
-class Dropout(nn.Module):
-    """Dropout that is active exactly when the caller passes a `dropout` key."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:

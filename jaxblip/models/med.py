@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.models.attention import Mask, padding_mask
 from jaxblip.models.bert import PostNormBlock, PredictionHead, TextEmbeddings
+from jaxblip.models.dropout import Dropout
 from jaxblip.models.layers import (
-    Dropout,
     KeyValueProjection,
     KeyValues,
     check_heads,

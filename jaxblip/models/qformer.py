@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask
 from jaxblip.models.bert import PostNormBlock, TextEmbeddings
+from jaxblip.models.dropout import Dropout
 from jaxblip.models.layers import (
-    Dropout,
     KeyValueProjection,
     KeyValues,
     check_heads,

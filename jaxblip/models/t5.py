@@ -30,9 +30,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, padding_mask
+from jaxblip.models.dropout import Dropout
 from jaxblip.models.layers import (
     ACTIVATIONS,
-    Dropout,
     KeyValues,
     check_activation,
     scan_layers,
