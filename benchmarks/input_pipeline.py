@@ -37,7 +37,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,7 @@ def photo(rng: np.random.Generator, fields: list[np.ndarray]) -> bytes:
         corners = centre + radius * np.stack([np.cos(turns), np.sin(turns)], -1)
         draw.polygon([tuple(corner) for corner in corners], tuple(rng.integers(256, size=3)))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=75)
+    image.save(file, "JPEG", quality=79)
     return file.getvalue()
 
 
@@ -180,26 +180,31 @@ def run_jaxblip(folder: Path, workers: int, done) -> None:
 
 
 def torch_transform(image: Image.Image):
-    """RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, as torchvision does them."""
+    """RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, as torchvision does them.
+
+    By hand, because a torchvision without CUDA is in no package index.
+    """
     import torch
 
     width, height = image.size
+    log_aspect = torch.log(torch.tensor(ASPECT))
     for _ in range(10):
-        area = width * height * random.uniform(*SCALE)
-        ratio = math.exp(random.uniform(*map(math.log, ASPECT)))
+        area = width * height * torch.empty(1).uniform_(*SCALE).item()
+        ratio = torch.exp(torch.empty(1).uniform_(*log_aspect.tolist())).item()
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if wide <= width and high <= height:
-            left, top = random.randint(0, width - wide), random.randint(0, height - high)
+            top = torch.randint(0, height - high + 1, (1,)).item()
+            left = torch.randint(0, width - wide + 1, (1,)).item()
             break
     else:
         left, top, wide, high = 0, 0, width, height
     image = image.crop((left, top, left + wide, top + high))
     image = image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)
-    if random.random() < 0.5:
+    if torch.rand(1) < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return pixels.sub_(mean).div_(std)
+    return pixels.clone().sub_(mean).div_(std)
 
 
 class TorchCollate:
@@ -250,7 +255,9 @@ def run_webdataset(folder: Path, workers: int, done) -> None:
     import webdataset
 
     dataset = (
-        webdataset.WebDataset([str(path) for path in folder.glob("*.tar")], resampled=True)
+        webdataset.WebDataset(
+            [str(path) for path in folder.glob("*.tar")], resampled=True, shardshuffle=False
+        )
         .shuffle(500)
         .decode("pil")
         .to_tuple("jpg", "txt")
@@ -322,12 +329,12 @@ class Pipeline:
         time.sleep(WARM_UP_S)
         begin, done, cpu_s = time.monotonic(), self._images(), self._cpu_s()
         memory = []
-        while time.monotonic() < begin + seconds:
+        while time.monotonic() < begin + seconds or self._images() == done:
             time.sleep(seconds / 10)
             memory.append(sum(self._each("memory_info", "rss")))
+            if not self._process.is_alive():
+                sys.exit(f"The pipeline {self._process.name} has ended.")
         images = self._images() - done
-        if not images:
-            sys.exit(f"The pipeline {self._process.name} gave no batch in {seconds:g} s.")
         measured = {
             "images_per_second": images / (time.monotonic() - begin),
             "cpu_ms_per_image": 1000 * (self._cpu_s() - cpu_s) / images,
@@ -361,6 +368,8 @@ def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
             print(f"Without {name}: the package {package} is not installed.")
         else:
             names.append(name)
+    # Of what processes leave behind that are killed, which is their end here.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     pipelines = {name: Pipeline(name, folder, workers) for name in names}
     try:
         turns = [

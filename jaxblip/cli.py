@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxblip import __version__
 from jaxblip.errors import RunStopped, UnreadableImages, UserError
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, verb in verbs.items():
         if arguments[: len(name)] == [*name]:
             _check_options(verb, arguments[len(name) :])
+    _check_verb(parser, verbs, arguments)
     options, rest = parser.parse_known_args(arguments)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options, [override.removeprefix("--") for override in overrides])
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in _by_options(str(error), options).splitlines():
             print(f"jaxblip: error: {line}", file=sys.stderr)
         return 1 if isinstance(error, RunStopped) else 2
     except KeyboardInterrupt:
@@ -171,6 +173,27 @@ def _without_beam(
             names = set()
     beam = [word for word in own if word.partition("=")[0] in names]
     return [word for word in own if word not in beam], [*beam, *behind]
+
+
+def _check_verb(
+    parser: argparse.ArgumentParser, verbs: Iterable[tuple[str, ...]], arguments: Sequence[str]
+) -> None:
+    """Ends with a hint at the verb that is meant."""
+    for depth, word in enumerate(arguments[:2]):
+        before = tuple(arguments[:depth])
+        known = {words[depth] for words in verbs if words[:depth] == before and words[depth:]}
+        near = difflib.get_close_matches(word, known, n=1)
+        if near and word not in known:
+            parser.error(f"there is no verb {word!r}: did you mean {near[0]}?")
+
+
+def _by_options(message: str, options: argparse.Namespace) -> str:
+    """A message that names settings of Python's `generate` as the command line does."""
+    if options.run is not _generate:
+        return message
+    names = "|".join(name if "_" in name else f"{name}(?==)" for name in vars(options))
+    option = re.compile(rf"(?:decoding )?(?<![\w.])({names})\b(=True)?")
+    return option.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
 
 
 def _check_options(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

@@ -70,7 +70,8 @@ class Stage1(torch.nn.Module):
         text = F.normalize(self.blip2.text_projection(hidden[:, n]), dim=-1)
         scores = torch.einsum("iqe,je->ijq", image, text).amax(dim=2) / self.temperature
         labels = torch.arange(len(ids), device=ids.device)
-        loss = sum(F.cross_entropy(s, labels, label_smoothing=SMOOTHING) for s in (scores, scores.T))
+        both = (scores, scores.T)
+        loss = sum(F.cross_entropy(x, labels, label_smoothing=SMOOTHING) for x in both)
         return loss / 2, scores.detach(), scores.detach().T
 
     def _match(self, features, ids, valid, of_image, of_text):

@@ -76,7 +76,8 @@ class WebDatasetRows:
             try:
                 content = storage.read_bytes(self._paths[shard], start, length)
             except OSError as error:
-                raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
+                detail = f"{self.place(index)}: {storage.phrase(error)}"
+                raise BadSample("unreadable row", detail) from error
             if len(content) < length:
                 raise BadSample("truncated shard", self.place(index))
             if _KINDS[kind] == "json":
@@ -93,7 +94,8 @@ class WebDatasetRows:
         try:
             entries = parse_json(content)
         except ValueError as error:
-            raise BadSample("bad row", f"{self.place(index)}: its .json: {storage.phrase(error)}") from error
+            detail = f"{self.place(index)}: its .json: {error}"
+            raise BadSample("bad row", detail) from error
         if not isinstance(entries, dict):
             raise BadSample("bad row", f"{self.place(index)}: its .json is no object")
         return entries

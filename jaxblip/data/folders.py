@@ -29,7 +29,8 @@ class FolderRows:
         left_out = LeftOut()
 
         def note(error: OSError) -> None:
-            left_out.add("folders that cannot be read", f"{error.filename} ({storage.phrase(error)})")
+            where = f"{error.filename} ({storage.phrase(error)})"
+            left_out.add("folders that cannot be read", where)
 
         for parent, folders, names in os.walk(self.folder, onerror=note):
             folders.sort()

@@ -23,9 +23,8 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _RIBBON = 100  # times as long as wide
-# A JPEG is decoded at a reduced size that is still so many times the crop's in the end: then the
-# pixels are those of the full size, to 1/255 on average and 2/255 in 99.9 % of them. At 2 times it
-# is 3/255 or 4/255.
+# A JPEG may be decoded at a reduced size if its crop is still so many times as large as it will be.
+# Then 99.9 % of the values are within 2/255 of those from the full size; at 2 times within 4/255.
 _MIN_REDUCTION = 2.5
 
 
@@ -63,8 +62,8 @@ def random_view(
 ) -> Pixels:
     """`decode_image`, `random_resized_crop` and `random_flip`: what training sees of an image.
 
-    Of most JPEGs it is made in less than half of the time, by `decode_jpeg` and `resample`. The
-    draws are the same, and the pixels are to 1/255 on average; of all other images exactly.
+    Of most JPEGs it is made by `decode_jpeg` and `resample`, in half of the time: the draws are the
+    same, the pixels within 1/255 on average and 2/255 for 99.9 %. Of all else it is the same.
 
     Raises:
       BadSample: as `decode_image` does; nothing is drawn then.

@@ -95,14 +95,14 @@ def _open_train_source(config: ConfigDict, name: str) -> Source:
             raise UserError(
                 f"data.shuffle_block={block} would keep captions of one image together, which are "
                 f"no negatives of each other, where {_why_all(data)}: set "
-                "--config.data.shuffle_block=1."
+                f"--config.{section_of(name)}.shuffle_block=1."
             )
         source = EachCaption(source)
     if block < 1 or len(source) % block:
         raise UserError(
             f"data.shuffle_block={block} does not divide the {len(source)} examples of "
-            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one by "
-            "one."
+            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one "
+            "by one."
         )
     return source
 

@@ -50,7 +50,7 @@ class JsonlRows:
         left_out = LeftOut()
         spans = (self._index(number, left_out) for number in range(len(self._paths)))
         self._spans = np.fromiter(itertools.chain.from_iterable(spans), _SPAN)
-        self.problems = left_out.sentences(storage.shown(self._paths[0]))
+        self.problems = left_out.sentences(storage.shown(storage.absolute(spec)))
         if not len(self):
             raise UserError(". ".join(["There is no example", *self.problems]) + ".")
 
@@ -64,7 +64,8 @@ class JsonlRows:
             if turn != _NO_TURN:
                 return Answer(line, row, turn).row()
         except (OSError, ValueError, BadRow) as error:  # it was good when it was opened
-            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
+            detail = f"{self.place(index)}: {storage.phrase(error)}"
+            raise BadSample("unreadable row", detail) from error
         return row
 
     def place(self, index: int) -> str:
@@ -79,7 +80,8 @@ class JsonlRows:
                 lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
                 for line, raw in enumerate(lines, start=1):
                     if len(raw) == _MAX_LINE_BYTES:
-                        raise UserError(f"{shown}:{line}: longer than {len(raw):,} bytes; {_WANTED}")
+                        what = f"longer than {len(raw):,} bytes"
+                        raise UserError(f"{shown}:{line}: {what}; {_WANTED}")
                     if raw.strip():
                         is_empty = False
                         for turn in self._turns(raw, f"{shown}:{line}", left_out):

@@ -20,7 +20,7 @@ _CHUNK = 1000  # examples whose texts are encoded together
 
 
 class PackedSource:
-    """A source of rows, each made of whole examples with one text: {"texts": [example, ...], ...}.
+    """A source of rows, each of whole texts: `{"texts": [example, ...], "image_id": row}`.
 
     Which texts share a row follows from the source, the tokenizer and the seed, and is the same in
     every epoch. Texts that cannot be used are in no row.
@@ -29,7 +29,7 @@ class PackedSource:
       source: of examples with one caption each, whose texts are all read once, for their lengths.
       preprocess: what is made of each; its encoder's `max_tokens` is the length of a row. Where it
         draws from several prompts, there is room for the longest.
-      seed: of the order in which texts of equal length are placed.
+      seed: of which texts of a length share a row.
       max_bad_share: share of texts that cannot be used, above which there is no source.
 
     Raises:
@@ -119,35 +119,60 @@ class PackTexts:
 
 
 def plan_rows(lengths: Int[np.ndarray, " texts"], capacity: int, seed: int) -> list[list[int]]:
-    """Best-fit decreasing: each text, the longest first, into the fullest row with room for it.
+    """Row by row: the longest text that is left, and of the others those that fill the row best.
 
     Args:
       lengths: tokens of each text, at most `capacity`; one of 0 is in no row.
-      seed: of the order of texts of the same length.
+      seed: which of the texts of a length are taken.
 
     Returns:
       The indices of the texts of each row.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
-    rows: list[list[int]] = []
-    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    open_rooms = 0  # bit r is set where a row has room for r tokens
-    for text, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if not length:
-            break
-        if fitting := open_rooms >> length:
-            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit that is set
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                open_rooms ^= 1 << room
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(text)
-        rows_by_room[room - length].append(row)
-        open_rooms |= 1 << (room - length)
+    texts = {
+        length: list(group)
+        for length, group in itertools.groupby(order.tolist(), key=lengths.tolist().__getitem__)
+        if length
+    }
+    rows = []
+    while texts:
+        counts = {length: len(group) for length, group in texts.items()}
+        fill = _fullest(counts, capacity)
+        # As often as there are texts for it, or one search a row would take long.
+        for _ in range(min(counts[length] // number for length, number in fill.items())):
+            rows.append(
+                [texts[length].pop() for length, number in fill.items() for _ in range(number)]
+            )
+        texts = {length: group for length, group in texts.items() if group}
     return rows
+
+
+def _fullest(counts: dict[int, int], capacity: int) -> dict[int, int]:
+    """How many texts of each length fill a row best, with the longest and rather long than short.
+
+    Args:
+      counts: length -> texts that there are of it, the longest first.
+    """
+    longest = next(iter(counts))
+    room = capacity - longest
+    others = counts | {longest: counts[longest] - 1}
+    # Bit s of a number is set where some of the texts so far have s tokens together.
+    sums = [1]
+    for length, count in others.items():
+        reached, left, step = sums[-1], min(count, room // length), 1
+        while left:
+            step = min(step, left)
+            reached |= reached << step * length
+            left, step = left - step, 2 * step
+        sums.append(reached & (1 << room + 1) - 1)
+    total, numbers = sums.pop().bit_length() - 1, {longest: 1}
+    for length in reversed(others):
+        without = sums.pop()
+        while not without >> total & 1:
+            numbers[length] = numbers.get(length, 0) + 1
+            total -= length
+    return numbers
 
 
 def _text_lengths(source: Source, preprocess: Preprocess) -> Iterator[int | BadSample]:
@@ -167,7 +192,7 @@ def _texts_of(source: Source, index: int, preprocess: Preprocess) -> list[str] |
     """The caption of an example behind each prompt that may be drawn."""
     try:
         example = source[index]
-        caption = clean_caption("".join(example["captions"]), preprocess.max_words)
+        caption = clean_caption("".join(example["captions"]), preprocess.max_words)  # there is one
         if not caption:
             raise BadSample("empty caption", f"captions {example['captions']}")
         prompts, _ = preprocess.prompts(example)

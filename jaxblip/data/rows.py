@@ -115,14 +115,14 @@ class RowSource:
         """Where an example stands, and the path of its image, where that is no part of it."""
         place = self._rows.place(index)
         try:
-            image = _value(self._rows[index], self._columns, "image")
+            row = self._rows[index]
         except BadSample:
             return place
+        image = _value(row, self._columns, "image") if isinstance(row, Mapping) else None
         if isinstance(image, Mapping):
             image = image.get("path")
-        if not isinstance(image, str) or image.startswith("data:") or place.endswith(image):
-            return place
-        return f"{image!r:.200} in {place}"
+        named = isinstance(image, str) and not image.startswith("data:")
+        return f"{image!r:.200} in {place}" if named and not place.endswith(shown(image)) else place
 
     def without_images(self) -> RowSource:
         source = object.__new__(RowSource)

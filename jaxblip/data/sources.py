@@ -11,7 +11,7 @@ from jaxblip.data.archives import WebDatasetRows
 from jaxblip.data.folders import METADATA, FolderRows
 from jaxblip.data.jsonl import JsonlRows
 from jaxblip.data.rows import Rows, RowSource, columns_of
-from jaxblip.data.samples import BadSample, Source
+from jaxblip.data.samples import Source
 from jaxblip.data.tables import CsvRows, ParquetRows
 from jaxblip.data.tfds_rows import TfdsRows, data_set_folder, divide, open_tfds
 from jaxblip.errors import UserError
@@ -75,10 +75,7 @@ def open_source(
     rows = _open_rows(spec, columns)
     if image_folder:
         rows.folder = storage.absolute(image_folder)
-    try:
-        return RowSource(rows, columns)
-    except BadSample as bad:
-        raise UserError(f"the first example of {spec} cannot be read: {bad.detail}.") from bad
+    return RowSource(rows, columns)
 
 
 def _open_named(name: str, split: str, image_size_px: int) -> Source:
@@ -121,9 +118,9 @@ def _open_rows(spec: str, columns: Mapping[str, tuple[str, ...]]) -> Rows:
             return AnnotationRows(path, split)
     known = ", ".join(f"{name}:{split}" for name in _NAMED for split in _NAMED[name])
     raise UserError(
-        f"no data source is called {spec!r}; the known ones are {known}, tfds:NAME:SPLIT, a folder "
-        "of images or of a data set of TFDS, and paths that end in .jsonl, .csv, .tsv, .parquet, "
-        ".tar or .json"
+        f"no data source is called {spec!r}; the known ones are {known}, tfds:NAME:SPLIT, a local "
+        "folder of images or of a data set of TFDS, and paths that end in .jsonl, .csv, .tsv, "
+        ".parquet, .tar or .json"
     )
 
 

@@ -140,7 +140,9 @@ def files(spec: str | os.PathLike) -> Sequence[str]:
         filesystem, path = fsspec.core.url_to_fs(spec)
         found = sorted(filesystem.glob(path))
     except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"cannot list {shown(spec)} ({phrase(error)}): check the path.") from error
+        message = f"cannot list {shown(spec)} ({phrase(error)}): check the path."
+        raise UserError(message) from error
     if not found:
-        raise UserError(f"no file is called {shown(spec)}: check the path, or quote it for the shell.")
+        message = f"no file is called {shown(spec)}: check the path, or quote it for the shell."
+        raise UserError(message)
     return [filesystem.unstrip_protocol(name) if is_url(spec) else name for name in found]

@@ -56,11 +56,10 @@ class CsvRows:
         try:
             text = storage.read_bytes(self._paths[number], start, length).decode()
             [cells] = self._reader(io.StringIO(text, newline=""))
-            row = dict(zip(self._names[number], cells, strict=True))
+            return dict(zip(self._names[number], cells, strict=True))
         except (OSError, ValueError, csv.Error) as error:  # it was good when it was opened
-            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
-        row.pop("", None)
-        return row
+            detail = f"{self.place(index)}: {storage.phrase(error)}"
+            raise BadSample("unreadable row", detail) from error
 
     def place(self, index: int) -> str:
         number, line, *_ = self._spans[index].tolist()
@@ -102,8 +101,8 @@ class CsvRows:
             raise UserError(f"{shown} is not UTF-8: save it as UTF-8.") from error
         except csv.Error as error:
             raise UserError(
-                f"{shown}:{line_num}: no row of a table: {storage.phrase(error)}; put cells with quotes or line "
-                "breaks in double quotes, and write quotes inside them twice."
+                f"{shown}:{line_num}: no row of a table: {storage.phrase(error)}; put cells with "
+                "quotes or line breaks in double quotes, and write quotes inside them twice."
             ) from error
         if not count:
             raise UserError(f"{shown} has no rows; it needs a line of column names and one a row.")
@@ -158,7 +157,8 @@ class ParquetRows:
         try:
             [row] = self._table(group).slice(index - start, 1).to_pylist()
         except Exception as error:  # decoders raise nearly anything on hostile bytes
-            raise BadSample("unreadable row", f"{self.place(index)}: {storage.phrase(error)}") from error
+            detail = f"{self.place(index)}: {storage.phrase(error)}"
+            raise BadSample("unreadable row", detail) from error
         return {name: value for name, value in row.items() if value is not None}
 
     def place(self, index: int) -> str:

@@ -42,7 +42,7 @@ class TfdsRows:
 
     Attributes:
       folder: that paths of images are relative to, where a data set has such.
-      problems: a sentence for each shard that cannot be read.
+      problems: a sentence about the shards that cannot be read, if there are any.
 
     Raises:
       UserError: it is no data set in array_record, lacks the split or a column that the field map
@@ -65,8 +65,10 @@ class TfdsRows:
         with ThreadPoolExecutor(16) as threads:  # on storage far away each takes a while
             sizes = [each.examples_in_shard for each in instructions]
             found = list(threads.map(self._problem, range(len(sizes)), sizes))
-        self.problems = [problem for problem in found if problem]
-        if len(self.problems) == len(found):
+        self.problems = []
+        if bad := [problem for problem in found if problem]:
+            self.problems = [f"{len(bad)} of {len(found)} shards are bad, such as {bad[0]}"]
+        if len(bad) == len(found):
             raise UserError(f"{self.problems[0]}: prepare the data set again.")
 
     def __len__(self) -> int:
@@ -80,10 +82,8 @@ class TfdsRows:
         try:
             example = self._parser.parse_example(record)
         except Exception as error:  # parsers raise nearly anything on hostile bytes
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
-        return {
-            name: _plain(value, name not in self._binary) for name, value in _flatten(example)
-        }
+            raise BadSample("unreadable row", f"{self.place(index)}: {error!s:.200}") from error
+        return {name: _plain(value, name not in self._binary) for name, value in _flatten(example)}
 
     def place(self, index: int) -> str:
         shard, record = self._at(index)
@@ -128,12 +128,15 @@ class TfdsRows:
         from array_record.python.array_record_module import ArrayRecordReader
 
         path = self._path(shard)
-        os.stat(path)  # raises where it is missing, of which the reader says nothing
+        try:
+            os.stat(path)  # raises where it is missing, of which the reader says nothing
+        except ValueError as error:  # a zero byte in the name
+            raise FileNotFoundError(str(error)) from error
         reader = ArrayRecordReader(
             path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
         )
         if not reader.ok():
-            raise BadSample("truncated shard", f"{path} is damaged or cut off")
+            raise BadSample("truncated shard", f"{path}, which is damaged or cut off")
         return reader
 
     def _problem(self, shard: int, size: int) -> str:
@@ -141,10 +144,10 @@ class TfdsRows:
         try:
             found = self._open(shard).num_records()
         except OSError as error:
-            return f"cannot read {self._path(shard)} ({error.strerror or error})"
+            return f"{self._path(shard)} ({error.strerror or error})"
         except BadSample as bad:
             return bad.detail
-        return "" if found == size else f"{self._path(shard)} has {found} records, not {size}"
+        return "" if found == size else f"{self._path(shard)} of {found} records, not {size}"
 
 
 def open_tfds(spec: str, columns: Mapping[str, tuple[str, ...]]) -> TfdsRows:
@@ -157,11 +160,17 @@ def open_tfds(spec: str, columns: Mapping[str, tuple[str, ...]]) -> TfdsRows:
     folder = data_set_folder(os.path.join(root, *name.split(":")))  # NAME:VERSION, as in TFDS
     if not name or folder is None:
         raise UserError(
-            f"the data set tfds:{name} is not in {root}, which TFDS_DATA_DIR sets: make it by "
-            f'tensorflow_datasets.builder("{name}", file_format="array_record")'
-            f".download_and_prepare() or `tfds build {name} --file_format=array_record`."
+            f"the data set tfds:{name} is not in {root}, which TFDS_DATA_DIR sets: "
+            + _how_to_make(name, f"tfds build {name} --file_format=array_record")
         )
     return TfdsRows(folder, split, columns)
+
+
+def _how_to_make(name: str, command: str) -> str:
+    return (
+        f'make it by tensorflow_datasets.builder("{name}", file_format="array_record")'
+        f".download_and_prepare(), or where TensorFlow is installed, by `{command}`."
+    )
 
 
 def divide(spec: str) -> tuple[str, str]:
@@ -180,8 +189,8 @@ def data_set_folder(folder: str) -> str | None:
       UserError: there are several data sets.
     """
     found = list(_data_sets(folder, depth=3))
-    several = len({os.path.dirname(each) for each in found}) > 1
-    if several or len(found) > 1 and not all(_VERSION.fullmatch(each) for each in _names(found)):
+    parents = {os.path.dirname(each) for each in found}
+    if len(found) > 1 and (len(parents) > 1 or not all(map(_version, found))):
         names = ", ".join(os.path.relpath(each, folder) for each in found[:10])
         raise UserError(f"{folder} holds several data sets: name one of {names}.")
     return max(found, key=_version, default=None)
@@ -201,12 +210,9 @@ def _data_sets(folder: str, depth: int) -> Iterator[str]:
                 yield from _data_sets(each, depth - 1)
 
 
-def _names(folders: list[str]) -> list[str]:
-    return [os.path.basename(each) for each in folders]
-
-
 def _version(folder: str) -> list[int]:
-    [name] = _names([folder])
+    """The numbers of a folder's name; none where it is not that of a version."""
+    name = os.path.basename(folder)
     return [int(part) for part in name.split(".")] if _VERSION.fullmatch(name) else []
 
 
@@ -222,16 +228,18 @@ def _info(folder: str):
     try:
         info = tfds.builder_from_directory(folder).info
     except Exception as error:  # TFDS raises nearly anything on files that it did not write
-        reason = str(error).partition("\n")[0]
+        reason = storage.phrase(error)
         raise UserError(f"{folder} is no data set that TFDS can read: {reason}.") from error
     wanted = file_adapters.FileFormat.ARRAY_RECORD
     if info.file_format is not wanted:
         if wanted not in info.alternative_file_formats:
             raise UserError(
                 f"{folder} is in the format {info.file_format.value}, which has no random access: "
-                f'make it by tensorflow_datasets.builder("{info.name}", file_format="array_record")'
-                ".download_and_prepare(), or convert it by `tfds convert_format "
-                f"--dataset_version_dir={folder} --out_file_format=array_record`."
+                + _how_to_make(
+                    info.name,
+                    f"tfds convert_format --dataset_version_dir={folder} "
+                    "--out_file_format=array_record",
+                )
             )
         info.set_file_format(wanted, override=True, override_if_initialized=True)
     return info
@@ -240,6 +248,8 @@ def _info(folder: str):
 def _instructions(info, split: str, folder: str):
     """Files and their records that make up a split."""
     names = list(info.splits)
+    if not names:
+        raise UserError(f"{folder} has no splits: prepare the data set again.")
     split = split or (names[0] if len(names) == 1 else "train")
     try:
         instructions = info.splits[split].file_instructions
@@ -289,12 +299,19 @@ def _parser(features):
 
 
 def _check_names(columns: Mapping[str, tuple[str, ...]], features, folder: str) -> None:
+    has = ", ".join(sorted(features))
     for field, names in columns.items():
         if names == COLUMNS[field] or not names or names[0] in features:
             continue
         near = difflib.get_close_matches(names[0], features, 1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(features))}."
+        hint = f"did you mean {near[0]}?" if near else f"it has {has}."
         raise UserError(f"{folder} has no column {names[0]} (data.fields.{field}): {hint}")
+    found = {field for field, names in columns.items() if not features.keys().isdisjoint(names)}
+    if "image" not in found or found.isdisjoint(("captions", "answers", "output")):
+        raise UserError(
+            f"{folder} has the columns {has}: say in data.fields which is the image and which are "
+            "the texts, such as --config.data.fields.captions=captions.text."
+        )
 
 
 def _flatten(example: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:

@@ -111,18 +111,15 @@ def _import(
     for section, other in others.items():
         published = with_part(published, section, other)
     _check_is_whole(published)
-    tokenizer = load_tokenizer(tokenizer) if tokenizer else tokenizer_or_error(of_text)
-    if published.task == "instruct":
-        beside = published.tokenizers["qformer"]
-        qformer_tokenizer = (
-            load_tokenizer(qformer_tokenizer)
-            if qformer_tokenizer
-            else tokenizer_or_error(published, beside)
-        )
-    elif qformer_tokenizer:
+    if qformer_tokenizer and published.task != "instruct":
         raise UserError(
             f"The task {published.task} has one tokenizer: leave out --qformer-tokenizer."
         )
+    tokenizer = load_tokenizer(tokenizer) if tokenizer else tokenizer_or_error(of_text)
+    if qformer_tokenizer:
+        qformer_tokenizer = load_tokenizer(qformer_tokenizer)
+    elif published.task == "instruct":
+        qformer_tokenizer = tokenizer_or_error(published, published.tokenizers["qformer"])
     config = published_config(published, tokenizer, qformer_tokenizer)
     with config.unlocked():
         is_full = (dtype or _main_dtype(published)).itemsize >= 4

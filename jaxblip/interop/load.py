@@ -211,7 +211,11 @@ def _put_by_layer(
 
 
 def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, axis=0)
+    # As integers: a CPU would cast all of the bfloat16 stack to float32 and back, for each layer.
+    bits = jnp.uint16 if stack.dtype == jnp.bfloat16 else stack.dtype
+    stack_bits, layer_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, layer))
+    stack_bits = jax.lax.dynamic_update_index_in_dim(stack_bits, layer_bits, i, axis=0)
+    return jax.lax.bitcast_convert_type(stack_bits, stack.dtype)
 
 
 def _layer_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:

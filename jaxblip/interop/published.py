@@ -42,6 +42,8 @@ from jaxblip.interop.families.instructblip import instructblip_layout, instructb
 from jaxblip.interop.families.lavis import (
     VISION_NORM_EPSILON,
     is_lavis,
+    is_lavis_encoder,
+    lavis_encoder,
     lavis_layout,
     lavis_model,
 )
@@ -66,6 +68,7 @@ LAVIS_NAMES = {
     "stage2": "LAVIS stage 2",
     "instruct": "LAVIS InstructBLIP",
 }
+LAVIS_ENCODER = "LAVIS EVA-CLIP"
 ORIGINAL_BLIP = "BLIP of its authors"
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder beside an InstructBLIP, as transformers has it
 BERT = "BertModel"
@@ -76,7 +79,7 @@ class Published:
     """A published checkpoint.
 
     Attributes:
-      name: the class of transformers that it is of, or one of `LAVIS_NAMES`, or `ORIGINAL_BLIP`.
+      name: the class of transformers that it is of, or what a file without a config is.
       weights: its tensors, none of them read.
       layout: where in the tree of a task they belong.
       task: the task that has the model as a whole; "" where it is but a part of one.
@@ -152,6 +155,9 @@ def open_published(source: str | os.PathLike) -> Published:
     weights = open_weights(source)
     if is_lavis(weights):
         return _lavis(weights)
+    if is_lavis_encoder(weights):
+        config, layout = lavis_encoder(weights)
+        return Published(LAVIS_ENCODER, weights, layout, configs={"vision": config})
     if is_original_blip(weights):
         return _original_blip(weights)
     weights = _with_key_bias(weights)
@@ -201,11 +207,11 @@ def _model(
 
 def _lavis(weights: Weights) -> Published:
     model = lavis_model(weights)
-    has_text, fields = model.qformer.has_text, {"vision_norm_epsilon": VISION_NORM_EPSILON}
+    fields: dict[str, Any] = {"vision_norm_epsilon": VISION_NORM_EPSILON}
     if model.projection is None:
         task, tokenizers = "stage1", {"qformer": ""}
         fields |= {"embed_dim": model.embed_dim, "dec_token_id": model.qformer.vocab_size - 1}
-    elif has_text:
+    elif model.qformer.has_text:
         task, tokenizers = "instruct", {"qformer": QFORMER_TOKENIZER}
     else:
         task, tokenizers = "stage2", {}

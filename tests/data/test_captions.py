@@ -151,6 +151,7 @@ def test_an_example_that_cannot_be_read_counts_as_one():
     assert source[2]["captions"] == ["c"]
     inner.captions = []
     assert source[2]["captions"] == []  # a sample without a caption, like others
+    assert len(EachCaption(inner)) == 5  # and such a one is met too
 
 
 def test_images_are_read_only_where_they_are_asked_for():

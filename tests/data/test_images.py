@@ -97,7 +97,7 @@ def assert_close(ours, theirs):
     ("shape", "size_px"), [((24, 40), 32), ((160, 213), 48), ((480, 640), 224), ((700, 900), 48)]
 )
 def test_a_view_of_a_jpeg_is_like_pillows(shape, size_px, subsampling, interpolation):
-    for seed in range(4):
+    for seed in range(2):
         data = jpeg(
             texture(*shape, seed), quality=80, subsampling=subsampling, progressive=seed % 2 == 0
         )

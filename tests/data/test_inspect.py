@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from jaxblip.cli import main
+from jaxblip.data.inspect import inspect_source
+from jaxblip.data.samples import BadSample
 
 
 def picture(path, size, mode="RGB"):
@@ -75,3 +77,18 @@ def test_the_sets_of_the_package(capsys):
 def test_options_that_cannot_be(option, message, folder, capsys):
     assert main(["data", "inspect", str(folder / "pairs.jsonl"), option]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_line_is_one_line_wherever_a_source_has_its_names_from():
+    class Odd:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise BadSample("missing image", "gone")
+
+        def place(self, index):
+            return "new\nline \u202eltr"
+
+    lines = inspect_source(Odd())
+    assert lines[-1] == r"  missing image: 1, such as example 0 (new\nline \u202eltr): gone"

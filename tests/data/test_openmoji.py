@@ -141,6 +141,8 @@ def test_by_its_name_it_is_what_the_verb_writes(few_drawings):
         drawn = open_source(f"openmoji:{split}", image_size_px=24)
         read = open_source(f"{few_drawings}/made/{split}.jsonl", image_size_px=24)
         assert len(drawn) == len(read) > 3
+        toned = ["skin tone" in drawn[index]["captions"][0] for index in range(len(drawn))]
+        assert all(toned) == (split == "heldout")
         for index in range(len(read)):
             example, wanted = drawn[index], read[index]
             pixels = np.asarray(Image.open(io.BytesIO(wanted.pop("image"))))

@@ -237,12 +237,14 @@ def test_rows_are_never_longer_than_planned(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "capacity, longest, least", [(32, 32, 0.97), (128, 20, 0.99), (8, 3, 0.98)]
+    "capacity, shortest, longest, least",
+    [(32, 1, 32, 0.99), (128, 9, 12, 0.99), (1024, 5, 60, 0.98), (12, 5, 5, 0.83)],
 )
-def test_best_fit_decreasing_fills_the_rows(capacity, longest, least):
+def test_rows_are_nearly_full(capacity, shortest, longest, least):
     rng = np.random.default_rng(0)
-    for size in (0, 1, 7, 3000):
-        lengths = rng.integers(0, longest + 1, size).astype(np.int32)
+    for size in (0, 1, 7, 4000):
+        lengths = rng.integers(shortest, longest + 1, size).astype(np.int32)
+        lengths[::50] = 0
         rows = plan_rows(lengths, capacity, seed=1)
         placed = [text for row in rows for text in row]
         assert sorted(placed) == np.flatnonzero(lengths).tolist()
@@ -251,20 +253,23 @@ def test_best_fit_decreasing_fills_the_rows(capacity, longest, least):
     assert sum(filled) > least * capacity * len(rows)
 
 
-def test_best_fit_decreasing_is_what_its_name_says():
-    """Against the definition, row by row."""
+def test_each_row_has_the_longest_text_and_is_filled_as_well_as_can_be():
+    """By trying all sums of what is left."""
     rng = np.random.default_rng(3)
     for seed in range(20):
-        lengths = rng.integers(1, 12, 40)
-        filled: list[int] = []
-        for length in sorted(lengths.tolist(), reverse=True):
-            fitting = [row for row in range(len(filled)) if filled[row] + length <= 15]
-            if fitting:
-                filled[max(fitting, key=filled.__getitem__)] += length
-            else:
-                filled.append(length)
-        rows = plan_rows(lengths, 15, seed)
-        assert sorted(lengths[row].sum() for row in rows) == sorted(filled)
+        capacity = int(rng.integers(10, 40))
+        lengths = rng.integers(1, rng.integers(3, 11), 40)
+        left = Counter(lengths.tolist())
+        for row in plan_rows(lengths, capacity, seed):
+            taken = Counter(lengths[row].tolist())
+            longest = max(left)
+            assert taken <= left and longest in taken
+            sums = {longest}
+            for length in (left - Counter([longest])).elements():
+                sums |= {total + length for total in sums}
+            assert lengths[row].sum() == max(total for total in sums if total <= capacity)
+            left -= taken
+        assert not left
 
 
 def test_too_few_rows_and_blocks_are_refused(monkeypatch, tokenizer):

@@ -95,13 +95,17 @@ def test_rows_have_dotted_columns_and_nothing_is_decoded_but_text(data_dir):
 def test_images_of_bytes_paths_and_questions(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(png(7))
-    bytes_of = tfds.features.Tensor(shape=(), dtype=np.object_)
+    text, bytes_of = tfds.features.Text(), tfds.features.Tensor(shape=(), dtype=np.object_)
     features = {
-        "image": bytes_of, "path": tfds.features.Text(), "question": tfds.features.Text(),
-        "answers": tfds.features.Sequence(tfds.features.Text()), "id": np.int64,
+        "image": bytes_of, "path": text, "question": text, "answers": tfds.features.Sequence(text),
+        "id": np.int64, "mask": tfds.features.Image(),
     }  # fmt: skip
-    example = {"image": png(5) + b"\0\0", "path": "a.png", "question": "wo?", "answers": ["da", ""]}
-    folder = toy_tfds.write(tmp_path, features, {"every": [{**example, "id": 3}]})
+    example = {
+        "image": png(5) + b"\0\0", "path": "a.png", "question": "wo?", "answers": ["da", ""],
+        "id": 3, "mask": io.BytesIO(png(4)),
+    }  # fmt: skip
+    folder = toy_tfds.write(tmp_path, features, {"every": [example]})
+    assert TfdsRows(folder, "", columns_of({}))[0]["mask"] == png(4)
     wanted = {"instruction": "wo?", "captions": ["da", ""], "image_id": 3}
     source = opened(folder)
     assert source.has_instructions and source[0] == {**wanted, "image": png(5) + b"\0\0"}
@@ -191,7 +195,7 @@ def test_a_data_set_that_is_not_there(data_dir, tmp_path, monkeypatch):
     wanted = rf"tfds:nope/x is not in {tmp_path}/tensorflow_datasets, which TFDS_DATA_DIR sets"
     with pytest.raises(UserError, match=wanted) as error:
         opened("tfds:nope/x:train")
-    assert '.builder("nope/x", file_format="array_record").download_and_prepare()' in str(error.value)
+    assert '.builder("nope/x", file_format="array_record")' in str(error.value)
     assert "tfds build nope/x --file_format=array_record" in str(error.value)
     for spec in ("tfds:", "tfds::train"):
         with pytest.raises(UserError, match="is not in"):
@@ -203,7 +207,7 @@ def test_splits_and_columns_that_are_not_there(data_dir):
         message = rf"has no split '{re.escape(split)}'; its splits are train, val, and parts"
         with pytest.raises(UserError, match=message):
             opened(f"{data_dir}:{split}", fields=COCO_FIELDS)
-    for split in ("train[5:2]", "val[:0]"):
+    for split in ("train[5:2]", "train[3:1]", "val[:0]"):
         with pytest.raises(UserError, match="has no examples in"):
             opened(f"{data_dir}:{split}", fields=COCO_FIELDS)
     for field, column, hint in [
@@ -213,7 +217,7 @@ def test_splits_and_columns_that_are_not_there(data_dir):
         message = rf"has no column {column} \(data\.fields\.{field}\): {hint}"
         with pytest.raises(UserError, match=message):
             opened(data_dir, fields={**COCO_FIELDS, field: column})
-    with pytest.raises(UserError, match=r'record 0: no "caption" \(or "captions"\)'):
+    with pytest.raises(UserError, match="the columns captions.id, .*: say in data.fields which"):
         opened(data_dir)
 
 
@@ -269,21 +273,24 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+CUT = ", which is damaged or cut off"
+
+
 @pytest.mark.parametrize(
     ("damage", "problem", "reason"),
     [
-        (cut, "is damaged or cut off", "truncated shard"),
-        (lambda path: os.truncate(path, 0), "is damaged or cut off", "truncated shard"),
-        (lambda path: os.truncate(path, 65536), "is damaged or cut off", "truncated shard"),
-        (os.remove, r"\(No such file or directory\)", "unreadable row"),
-        (lambda path: path.write_bytes(b"x" * 100_000), "is damaged", "truncated shard"),
+        (cut, CUT, "truncated shard"),
+        (lambda path: os.truncate(path, 0), CUT, "truncated shard"),
+        (lambda path: os.truncate(path, 65536), CUT, "truncated shard"),
+        (lambda path: path.write_bytes(b"x" * 100_000), CUT, "truncated shard"),
+        (os.remove, " (No such file or directory)", "unreadable row"),
     ],
 )
 def test_a_damaged_shard_is_noted_when_it_is_opened(coco, damage, problem, reason):
-    damage(shards(coco)[2])
+    path = shards(coco)[2]
+    damage(path)
     source = opened(coco, fields=COCO_FIELDS)
-    [found] = source.problems
-    assert re.search(rf"train\.array_record-00002-of-00004 {problem}", found)
+    assert source.problems == [f"1 of 4 shards are bad, such as {path}{problem}"]
     numbers = list(range(SIZES["train"]))
     assert outcomes(source) == numbers[:10] + [reason] * 5 + numbers[15:]
     for path in shards(coco):
@@ -295,14 +302,14 @@ def test_a_damaged_shard_is_noted_when_it_is_opened(coco, damage, problem, reaso
 
 def test_a_first_shard_that_is_damaged(coco):
     cut(shards(coco)[0])
-    with pytest.raises(UserError, match=r"first example of .* cannot be read: .*00000-of-00004"):
-        opened(coco, fields=COCO_FIELDS)
+    found = outcomes(opened(coco, fields=COCO_FIELDS))
+    assert found == ["truncated shard"] * 5 + list(range(5, 20))
 
 
 def test_a_shard_of_another_data_set(coco):
     shutil.copy(shards(coco, "val")[1], shards(coco)[2])
     [problem] = opened(coco, fields=COCO_FIELDS).problems
-    assert "00002-of-00004 has 1 records, not 5" in problem
+    assert problem.endswith("00002-of-00004 of 1 records, not 5")
 
 
 def test_a_shard_that_is_lost_or_cut_while_it_is_read(coco):
@@ -356,9 +363,11 @@ def test_storage_that_fails_for_a_while(coco, monkeypatch):
         def __init__(self, *args, **options):
             self._reader = real(*args, **options)
             self.ok = self._reader.ok
+            self._failed = False
 
         def read(self, positions):
-            if failing:
+            if failing or self._failed:  # for good: another one must be opened
+                self._failed = True
                 failing.pop()
                 raise RuntimeError("pread() failed: Input/output error; reading x")
             return self._reader.read(positions)

@@ -231,6 +231,20 @@ def test_a_mesh_holds_the_same_values_in_its_shards(sizes, by_layer, monkeypatch
     assert shards == 8 // sizes.get("data", 1)
 
 
+def test_bfloat16_goes_layer_by_layer_bit_for_bit(monkeypatch):
+    """Not a number and infinity included: nothing is computed on the way."""
+    monkeypatch.setattr("jaxblip.interop.load.LARGE_BYTES", 0)
+    arrays = tensors()
+    arrays["model.layers.3.fc1.weight"][0, :3] = np.nan, -np.inf, 1e-40
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    placed = sharding.tree_shardings(SHAPES, mesh)
+    params = load_params(weights_of(arrays), LAYOUT, SHAPES, placed, "bfloat16")
+    kernel = np.asarray(params["layers"]["mlp"]["up"]["kernel"])
+    expected = np.stack([arrays[f"model.layers.{i}.fc1.weight"].T for i in range(LAYERS)])
+    expected = expected.astype(kernel.dtype)
+    np.testing.assert_array_equal(kernel.view(np.uint16), expected.view(np.uint16))
+
+
 def test_a_saved_model_on_a_mesh(tmp_path):
     from jaxblip.interop.families.opt import opt_config, opt_layout
 

@@ -84,6 +84,8 @@ class Folder:
         files, root = self._open()
         files.invalidate_cache()
         try:
+            if files.isfile(root):
+                raise UserError(f"{self.path} is a file: name a folder with --to.")
             found = {os.path.basename(path.rstrip("/")) for path in files.ls(root, detail=False)}
         except FileNotFoundError:
             return set()
@@ -117,6 +119,10 @@ class Folder:
             yield
         except OSError as error:
             raise UserError(unwritable(self.path, error)) from error
+        except RuntimeError as error:  # which array_record raises whatever is wrong
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise UserError(unwritable(self.path, OSError(errno.ENOSPC, ""))) from error
 
 
 def unwritable(path: str, error: OSError) -> str:

@@ -20,7 +20,7 @@ SAME, NEAR = "exact duplicate", "near duplicate"
 _BUCKET_ROWS = 500_000
 # Near duplicates look alike in 16 x 16, too: by so many of 255 levels at most in any channel. The
 # hash alone takes drawings on plain ground for each other.
-_MAX_LEVELS = 8
+_MAX_LEVELS = 10
 # Of a band's rows, sorted by hash, each is compared with so many before it, until so many of them
 # are near: a set with a million blank pages must end as well.
 _WINDOW, _MAX_NEAR = 1000, 16

@@ -77,6 +77,13 @@ class Settings:
         if not re.fullmatch("[a-z][a-z0-9_]*", self.split) or self.split == "all":
             self._refuse("split", "must be a name such as train or validation")
 
+    @property
+    def steps(self) -> str:
+        """What is done to the examples, as the command line says it."""
+        names = [field.name for field in dataclasses.fields(self)]
+        names = names[names.index("min_side") :]
+        return ", ".join(f"{name.replace('_', '-')} {getattr(self, name)}" for name in names)
+
     def _refuse(self, name: str, why: str) -> None:
         raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)} {why}.")
 

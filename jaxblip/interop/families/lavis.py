@@ -23,6 +23,7 @@ from jaxblip.models.vit import VitConfig
 VISION = "visual_encoder."
 HEADS = "vision_proj"  # one of stage 1's
 PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")  # to OPT, FlanT5 and Vicuna
+EVA_BLOCKS = 39  # of the 40 of ViT-g
 VISION_NORM_EPSILON = 1e-5  # of ln_vision; transformers has 1e-6
 
 
@@ -48,6 +49,22 @@ def is_lavis(weights: Weights) -> bool:
     return "query_tokens" in weights.tensors and any(
         name.startswith("Qformer.") for name in weights.tensors
     )
+
+
+def is_lavis_encoder(weights: Weights) -> bool:
+    """Whether these are the names of LAVIS's EVA-CLIP alone, `eva_vit_g.pth`."""
+    return {"patch_embed.proj.weight", "blocks.0.attn.q_bias"} <= set(weights.tensors)
+
+
+def lavis_encoder(weights: Weights) -> tuple[VitConfig, Layout]:
+    """The blocks that LAVIS uses of its EVA-CLIP, and how the file, which may have more, holds it.
+
+    Raises:
+      UserError: a tensor that decides a size is not there.
+    """
+    config = lavis_vit_config(weights, "")
+    layout = Layout(lavis_vit_entries(config), ignored=(r"(norm|fc_norm|head)\..*",))
+    return dataclasses.replace(config, num_layers=min(config.num_layers, EVA_BLOCKS)), layout
 
 
 def lavis_model(weights: Weights) -> LavisModel:
@@ -105,8 +122,9 @@ def lavis_qformer_config(weights: Weights) -> QFormerConfig:
     depth, crossing = num_layers(weights, layers), layers_with(weights, layers, "crossattention.")
     mlp_width, _ = shape_of(weights, f"{layers}0.intermediate_query.dense.weight", 2)
     text = dict(has_text=False)
-    # Of a text side that is not whole, the check of the layout says what is missing.
-    if layers_with(weights, layers, "intermediate.") or words in weights.tensors:
+    # By any sign of a text side: where it is not whole, what is missing is an error.
+    signs = words in weights.tensors, f"{HEADS}.weight" in weights.tensors
+    if any(signs) or layers_with(weights, layers, "intermediate."):
         vocab_size, _ = shape_of(weights, words, 2)
         positions, _ = shape_of(weights, f"{LAVIS.embeddings}.position_embeddings.weight", 2)
         text = dict(vocab_size=vocab_size, max_positions=positions)
@@ -121,36 +139,39 @@ def lavis_qformer_config(weights: Weights) -> QFormerConfig:
     )
 
 
-def lavis_vit_config(weights: Weights) -> VitConfig | None:
+def lavis_vit_config(weights: Weights, theirs: str = VISION) -> VitConfig | None:
     """The image encoder of a file; None where the file has none.
 
     EVA-CLIP has heads of width 88 and no biases of keys; CLIP, and the encoder of BLIP, which has
     all biases, have heads of width 64.
+
+    Args:
+      theirs: what its names begin with.
     """
-    if f"{VISION}conv1.weight" in weights.tensors:
+    if f"{theirs}conv1.weight" in weights.tensors:
         blocks, up, table, patches = (
             "transformer.resblocks.", "mlp.c_fc.weight", "positional_embedding", "conv1.weight"
         )  # fmt: skip
         head_width, variant = 64, dict(activation="quick_gelu", layer_norm_epsilon=1e-5)
         variant |= VARIANTS["clip_vision_model"]
-    elif f"{VISION}patch_embed.proj.weight" in weights.tensors:
+    elif f"{theirs}patch_embed.proj.weight" in weights.tensors:
         blocks, up, table, patches = (
             "blocks.", "mlp.fc1.weight", "pos_embed", "patch_embed.proj.weight"
         )  # fmt: skip
-        is_blip = f"{VISION}blocks.0.attn.qkv.bias" in weights.tensors
+        is_blip = f"{theirs}blocks.0.attn.qkv.bias" in weights.tensors
         head_width = 64 if is_blip else 88
         variant = dict(activation="gelu", layer_norm_epsilon=1e-6)
         variant |= VARIANTS["blip_vision_model" if is_blip else "blip_2_vision_model"]
     else:
         return None
-    width, _, _, patch = shape_of(weights, VISION + patches, 4)
-    rows = shape_of(weights, VISION + table, 2 if table == "positional_embedding" else 3)[-2]
-    mlp_width, _ = shape_of(weights, f"{VISION}{blocks}0.{up}", 2)
+    width, _, _, patch = shape_of(weights, theirs + patches, 4)
+    rows = shape_of(weights, theirs + table, 2 if table == "positional_embedding" else 3)[-2]
+    mlp_width, _ = shape_of(weights, f"{theirs}{blocks}0.{up}", 2)
     return VitConfig(
         image_size_px=patch * math.isqrt(rows - 1),
         patch_size_px=patch,
         width=width,
-        num_layers=num_layers(weights, VISION + blocks),
+        num_layers=num_layers(weights, theirs + blocks),
         num_heads=heads_of(weights, width, head_width),
         mlp_width=mlp_width,
         **variant,
