@@ -48,7 +48,8 @@ SIZE_PX, MAX_TOKENS, BATCH_SIZE = 224, 32, 32
 SCALE, ASPECT = (0.5, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NUM_SHARDS = 8
-START_S, WARM_UP_S = 120, 1.0  # for the first batch; of each turn, not counted
+START_S, START_BATCHES = 120, 8  # before the turns: so many batches, within this time
+WARM_UP_S = 1.0  # of each turn, not counted
 MEMORY_STEP = 50_000  # examples
 PEERS = {"pytorch": "torch", "webdataset": "webdataset", "bare": "", "bare_1": ""}
 PACKAGES = ("jaxblip", "grain", "numpy", "pillow", "simplejpeg", "torch", "webdataset")
@@ -318,9 +319,10 @@ class Pipeline:
         )
         self._process.start()
         end = time.monotonic() + START_S
-        while not self._images():
+        while self._images() < START_BATCHES * BATCH_SIZE:  # all workers have started then
             if not self._process.is_alive() or time.monotonic() > end:
-                sys.exit(f"The pipeline {name} gave no batch.")
+                self.close()
+                sys.exit(f"The pipeline {name} gave too few batches in {START_S} s.")
             time.sleep(0.1)
         self._each("suspend")
 
@@ -344,7 +346,8 @@ class Pipeline:
         return measured
 
     def close(self) -> None:
-        self._each("kill")
+        if self._process.is_alive():
+            self._each("kill")
         self._process.join()
 
     def _images(self) -> int:
@@ -370,8 +373,10 @@ def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
             names.append(name)
     # Of what processes leave behind that are killed, which is their end here.
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
-    pipelines = {name: Pipeline(name, folder, workers) for name in names}
+    pipelines = {}
     try:
+        for name in names:
+            pipelines[name] = Pipeline(name, folder, workers)
         turns = [
             {name: pipeline.turn(seconds) for name, pipeline in pipelines.items()}
             for _ in range(rounds)

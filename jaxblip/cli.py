@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}; `jaxblip {options.verb} --help` lists them")
-    options.beam = beam
+    if options.run is _prepare:
+        options.beam = beam
     try:
         options.run(options, [override.removeprefix("--") for override in overrides])
     except UserError as error:

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
     Without config.data.mixture that is the one that config.data.train names.
     """
     configs = configs_of_sources(config)
-    opened = {name: _open_train_source(each, name) for name, each in configs.items()}
+    opened = {name: _open_train_source(each) for name, each in configs.items()}
     sizes = [len(source) for source in opened.values()]
     weights = [config.data.mixture.get(name, {}).get(WEIGHT, 1.0) for name in configs]
     if sum(sizes) < config.batch_size:
@@ -69,6 +69,8 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
             f"that a batch would repeat some: set --config.batch_size to {sum(sizes)} or less, or "
             "give it more examples."
         )
+    for name, source in opened.items():
+        _check_block(configs[name], name, len(source))
     parts = shares(weights, sizes, config.data.mixture_exponent)
     return [
         TrainSource(name, configs[name], opened[name], share)
@@ -76,7 +78,7 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
     ]
 
 
-def _open_train_source(config: ConfigDict, name: str) -> Source:
+def _open_train_source(config: ConfigDict) -> Source:
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
@@ -89,27 +91,30 @@ def _open_train_source(config: ConfigDict, name: str) -> Source:
         )
     source = _open(config, data.train, data)
     _check_instructions(config, source, data.train, prompts)
-    block = data.shuffle_block
-    if data.captions == "all" or data.get("packing"):
-        if block != 1:
-            raise UserError(
-                f"data.shuffle_block={block} would keep captions of one image together, which are "
-                f"no negatives of each other, where {_why_all(data)}: set "
-                f"--config.{section_of(name)}.shuffle_block=1."
-            )
-        source = EachCaption(source)
-    if block < 1 or len(source) % block:
-        raise UserError(
-            f"data.shuffle_block={block} does not divide the {len(source)} examples of "
-            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one "
-            "by one."
-        )
-    return source
+    return EachCaption(source) if _why_all(data) else source
 
 
 def _why_all(data: ConfigDict) -> str:
-    """The setting that makes every caption an example."""
-    return "data.captions='all'" if data.captions == "all" else "data.packing=True"
+    """The setting that makes every caption an example; "" where each image is one."""
+    if data.captions == "all":
+        return "data.captions='all'"
+    return "data.packing=True" if data.get("packing") else ""
+
+
+def _check_block(config: ConfigDict, name: str, size: int) -> None:
+    block, why_all = config.data.shuffle_block, _why_all(config.data)
+    if why_all and block != 1:
+        raise UserError(
+            f"data.shuffle_block={block} would keep captions of one image together, which are no "
+            f"negatives of each other, where {why_all}: set "
+            f"--config.{section_of(name)}.shuffle_block=1."
+        )
+    if block < 1 or size % block:
+        raise UserError(
+            f"data.shuffle_block={block} does not divide the {size} examples of "
+            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one "
+            "by one."
+        )
 
 
 def _open(config: ConfigDict, spec: str, section: ConfigDict) -> Source:
@@ -251,7 +256,8 @@ def with_vocabulary(
         if model.vocab_size < size:
             raise UserError(
                 f"The tokenizer has {size} entries, but config.model.{section}."
-                f"vocab_size={model.vocab_size}: set it to 0 for the tokenizer's number."
+                f"vocab_size={model.vocab_size}: leave data.tokenizer empty for that of the weights "
+                "that the run starts from, or, without any, set vocab_size to 0."
             )
     for field, token in ("dec_token_id", DEC_TOKEN), ("enc_token_id", ENC_TOKEN):
         if config.model.get(field) == -1:
@@ -288,9 +294,12 @@ def has_encoder(config: ConfigDict) -> bool:
 
 
 def instruction_encoder(config: ConfigDict, tokenizer: Any) -> TextEncoder:
-    """Instructions to ids; of one that is too long the first words are left out."""
-    length = config.data.max_instruction_tokens
-    return TextEncoder(tokenizer, length, "qformer", truncation="left")
+    """Instructions to ids; of one that is too long the first words are left out.
+
+    Of BLIP's questions the last ones, as in its code.
+    """
+    side = "right" if config.task == "blip_vqa" else "left"
+    return TextEncoder(tokenizer, config.data.max_instruction_tokens, "qformer", truncation=side)
 
 
 def prompt_ids(config: ConfigDict, encoder: TextEncoder, instruction: str = "") -> list[int]:
@@ -323,6 +332,9 @@ def train_batches(
       qformer_tokenizer: for instructions; by default `tokenizer`.
       process: this process's part of each global batch, and the number of parts.
       position: `TrainBatches.state()` of the run that goes on; None begins.
+
+    Raises:
+      UserError: the run goes on, and a source has not as many examples as it had.
     """
     # The sources were opened before the tokenizer was known, which gives the config more values.
     of_sources = configs_of_sources(config)
@@ -339,6 +351,8 @@ def train_batches(
     process_index, process_count = process
     if config.data.get("packing"):
         parts = _packed(parts, config, report=process_index == 0)
+    if position:
+        _check_same_sizes(parts, position["sizes"])
     return TrainBatches(
         parts,
         batch_size=config.batch_size,
@@ -352,6 +366,16 @@ def train_batches(
     )
 
 
+def _check_same_sizes(parts: Sequence[Part], before: Mapping[str, int]) -> None:
+    for part in parts:
+        if len(part.source) != before[part.name]:
+            raise UserError(
+                f"The source of config.{section_of(part.name)}.train had {before[part.name]} "
+                f"examples when the run began, and has {len(part.source)} now: give it the data "
+                "that it had, or start anew in another --workdir."
+            )
+
+
 def _packed(parts: Sequence[Part], config: ConfigDict, report: bool) -> list[Part]:
     """Parts whose examples are rows of several texts; a part's texts keep their share.
 
@@ -360,9 +384,7 @@ def _packed(parts: Sequence[Part], config: ConfigDict, report: bool) -> list[Par
     """
     packed = []
     for part in parts:
-        source = PackedSource(
-            part.source, part.preprocess, config.seed, config.data.max_bad_share
-        )
+        source = PackedSource(part.source, part.preprocess, config.seed, config.data.max_bad_share)
         if report:
             print(part.prefix + source.describe())
         packed.append(

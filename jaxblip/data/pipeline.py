@@ -269,7 +269,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def state(self) -> dict[str, Any]:
         """JSON-able: `start_example=state["examples_seen"], counters=state` goes on from here.
 
-        `examples_seen` is global, the counters are of this process.
+        `examples_seen` is global, the counters are of this process. `sizes` are those of the
+        sources: in one of another size the position means nothing.
         """
         return {
             "examples_seen": self.examples_seen,
@@ -278,6 +279,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             "skipped": dict(self.skipped),
             "converted": dict(self.converted),
             "restarts": self.restarts,
+            "sizes": {part.name: len(part.source) for part in self._parts},
         }
 
     def shares(self) -> dict[str, float]:

@@ -108,13 +108,26 @@ def test_the_division_belongs_to_the_example(tokenizer):
     config = make_config()
     straight = take(config, tokenizer, 6)
     config.data.num_workers = 2
-    position = {"examples_seen": 40}
+    position = {"examples_seen": 40, "sizes": {"": len(SOURCE)}}
     others = straight[:2] + take(config, tokenizer, 4, position=position)
     for one, other in zip(straight, others, strict=True):
         for field in FIELDS:
             np.testing.assert_array_equal(one[field], other[field])
     config.seed += 1
     assert not np.array_equal(take(config, tokenizer, 1)[0]["input_ids"], straight[0]["input_ids"])
+
+
+def test_a_source_of_another_size_is_no_place_to_go_on(tokenizer):
+    config = make_config()
+    settings = (config, FIELDS, sources_of(config), tokenizer, (0, 1))
+    with inputs.train_batches(*settings, None) as batches:
+        next(batches)
+        position = batches.state()
+    with inputs.train_batches(*settings, position):
+        pass
+    position["sizes"][""] += 1
+    with pytest.raises(UserError, match=r"data.train had 21 examples .* and has 20 now"):
+        inputs.train_batches(*settings, position)
 
 
 def test_a_caption_is_divided_anew_in_each_epoch(tokenizer):

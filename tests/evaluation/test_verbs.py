@@ -152,15 +152,15 @@ def test_a_t5_learns_language_alone(run):
 
 
 BAD_ARGUMENTS = {
-    "--num-captions=3 --num-beams=5": "num_captions=3 and num_beams=5 exclude each other",
-    "--sample --num-beams=5": "sample=True and num_beams=5 exclude each other",
+    "--num-captions=3 --num-beams=5": "--num-captions=3 and --num-beams=5 exclude each other",
+    "--sample --num-beams=5": "--sample and --num-beams=5 exclude each other",
     "--candidates=a,b --stream": "nothing to stream",
-    "--candidates=a,b --max-new-tokens=5": "max_new_tokens=5 has no effect",
+    "--candidates=a,b --max-new-tokens=5": "--max-new-tokens=5 has no effect",
     "--candidates=no_such_file.txt": "candidates='no_such_file.txt' are 1 text(s)",
-    "--stream --num-beams=5": "num_beams=5 cannot be streamed",
-    "--stream --num-captions=2": "num_captions=2 cannot be streamed",
+    "--stream --num-beams=5": "--num-beams=5 cannot be streamed",
+    "--stream --num-captions=2": "--num-captions=2 cannot be streamed",
     "--context=rain": "A context stands before a question",
-    "--top-p=0.9": "top_p=0.9 is about sampling",
+    "--top-p=0.9": "--top-p=0.9 is about sampling",
 }
 
 
