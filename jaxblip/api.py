@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources
 from jaxblip.data.images import resize_square
 from jaxblip.data.text import INSTRUCTION, clean_caption, clean_question, fill_prompt
 from jaxblip.data.user_images import ImageLike, list_images, read_image
@@ -278,7 +278,7 @@ class Model:
             model.
         """
         config, max_words = self.task.config, 0
-        if prompt is None and inputs.reads_instructions(config):
+        if prompt is None and run_sources.reads_instructions(config):
             prompt, max_words = config.data.prompt or INSTRUCTION, config.data.max_words
         elif prompt is None:
             prompt = QUESTION_FOR_ENCODER if inputs.has_encoder(self.task.config) else QUESTION

@@ -18,7 +18,7 @@ import jaxblip
 from jaxblip.api import Decoding, Model
 from jaxblip.cli import main
 from jaxblip.config import default_config, field_names
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_tokenizers
 from jaxblip.data.user_images import read_image
 from jaxblip.errors import UserError
 from jaxblip.sharding import make_mesh
@@ -76,7 +76,7 @@ def models(tmp_path_factory):
     """Stage 2 with OPT as a run of two steps on 8 devices; the others untrained on one."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
+        patch.setattr(run_tokenizers, "_TOKENIZER_EXAMPLES", 200)
         train(tiny_config("stage2"), str(folder))
     opt = jaxblip.load(folder)
     return {
@@ -91,7 +91,7 @@ def untrained(task, other, language_model="opt"):
     """A model with random parameters, and the tokenizer of another one."""
     tokenizer = other._run.tokenizer
     other = tokenizer if task == "instruct" else None  # one that serves both
-    config = inputs.with_vocabulary(tiny_config(task, language_model), tokenizer, other)
+    config = run_tokenizers.with_vocabulary(tiny_config(task, language_model), tokenizer, other)
     task = make_task(config.lock())
     mesh = make_mesh({}, jax.devices()[:1])
     params = jax.device_put(random_params(task), jax.devices()[0])

@@ -13,7 +13,7 @@ from PIL import Image
 
 import jaxblip
 from jaxblip.cli import main
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from tiny_tasks import fast_jit
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def quick():
     """Tiny models compile for far longer than they run; tokenizers need no 30,000 scenes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", fast_jit)
-        patch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
+        patch.setattr(run_tokenizers, "_TOKENIZER_EXAMPLES", 200)
         yield
 
 
@@ -149,7 +149,7 @@ CASES = {
 def test_one_sentence_before_anything_is_compiled(
     case, tmp_path, capfd, compilations, monkeypatch
 ):
-    monkeypatch.setattr(inputs, "train_wordpiece", None)  # which takes seconds, or minutes
+    monkeypatch.setattr(run_tokenizers, "train_wordpiece", None)  # which takes seconds, or minutes
     fields, expected = CASES[case]
     if callable(fields):
         fields = fields(tmp_path)

@@ -6,9 +6,9 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("blip_vqa")
     config.compute_dtype = "float32"  # CPUs emulate bfloat16
-    config.batch_size = 128
+    config.batch_size = 64
     config.steps = 600
-    config.log_every_steps = 20
+    config.log_every_steps = 50
     config.checkpoint.every_steps = 200
     config.loss.label_smoothing = 0.0
     config.optimizer.name = "muon"
@@ -27,7 +27,7 @@ def get_config(arg=""):
     config.eval.num_beams, config.eval.max_new_tokens = 1, 2
 
     config.model.vision.update(
-        patch_size_px=16, width=128, num_layers=4, num_heads=4, mlp_width=256,
+        patch_size_px=8, width=128, num_layers=2, num_heads=4, mlp_width=256,
         initializer_range=0.05, position_init="sincos2d",
     )  # fmt: skip
     config.model.text.update(

@@ -24,7 +24,7 @@ class EasyVqaRows:
             import easy_vqa
         except ImportError as error:
             raise UserError(
-                "the package easy-vqa is missing; pip install 'jaxblip[easy_vqa]'"
+                "the package easy-vqa is missing; pip install 'jaxblip[easy-vqa]'"
             ) from error
         self._split = split
         train = split == "train"

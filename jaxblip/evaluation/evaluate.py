@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources
 from jaxblip.data.samples import counts_as_text
 from jaxblip.data.text import fill_prompt, join_prompt
 from jaxblip.decoding.make import make_image_to_text
@@ -45,7 +45,7 @@ class Evaluation:
                 "it to 1 or more."
             )
         self.task = task
-        self.set = inputs.read_eval_set(task.config)
+        self.set = run_sources.read_eval_set(task.config)
         self.predictions: list[str] = []
         self._map = RowMap(mesh, task.config.eval.batch_size)
         self._encode = inputs.text_encoder(task.config, tokenizer)

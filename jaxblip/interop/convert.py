@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.data.tokenizers import (
     DEC_TOKEN,
     add_blip_tokens,
@@ -139,7 +139,7 @@ def _import(
     write_checkpoint(folder / FOLDER, params)
     if errors:
         raise errors[0]
-    inputs.save_tokenizers(tokenizer, qformer_tokenizer, folder)
+    run_tokenizers.save_tokenizers(tokenizer, qformer_tokenizer, folder)
     save_config(folder, config.to_dict())
     origin = {
         "source": source,
@@ -211,7 +211,7 @@ def published_config(
             data.max_instruction_tokens = min(data.max_instruction_tokens, limit)
     if "language_model" in model:
         data.stop_token = _stop_token(published, tokenizer)
-    return inputs.with_vocabulary(config, tokenizer, qformer_tokenizer).lock()
+    return run_tokenizers.with_vocabulary(config, tokenizer, qformer_tokenizer).lock()
 
 
 def _with_positions(model: ConfigDict) -> Iterator[ConfigDict]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_tokenizers
 from jaxblip.data.tokenizers import save_tokenizer
 from jaxblip.interop.entries import Layout
 from jaxblip.interop.families import blip, blip2, clip, instructblip, llama, opt, t5
@@ -85,7 +85,7 @@ def export_run(
       UserError: the run cannot be read, or no class has its model.
     """
     config, step = read_config(workdir, step)
-    task, tokenizer = make_task(config), inputs.run_tokenizer(config, workdir, sources=())
+    task, tokenizer = make_task(config), run_tokenizers.run_tokenizer(config, workdir, sources=())
     params, notes = run_params(task, workdir, step)
     target = _target(task, tokenizer)
     if dtype is None:
@@ -93,8 +93,9 @@ def export_run(
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     left = save_params(params, target.layout, folder, target.config, dtype=dtype)
     save_tokenizer(tokenizer, folder)
-    if (other := inputs.run_qformer_tokenizer(config, workdir, sources=())) is not None:
-        save_tokenizer(other, folder / inputs.QFORMER_TOKENIZER_FOLDER)  # as the processor has it
+    other = run_tokenizers.run_qformer_tokenizer(config, workdir, sources=())
+    if other is not None:  # in a folder of the name that the processor expects
+        save_tokenizer(other, folder / run_tokenizers.QFORMER_TOKENIZER_FOLDER)
     if "vision" in config.model:
         _write_processor(config, target, folder)
     (name,) = target.config["architectures"]

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxblip.config import config_from_dict, default_config, overridden_fields
-from jaxblip.data.inputs import QFORMER_TOKENIZER_FOLDER, TOKENIZER_FOLDER
+from jaxblip.data.run_tokenizers import QFORMER_TOKENIZER_FOLDER, TOKENIZER_FOLDER
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.errors import UserError
 from jaxblip.interop.files import REPOSITORY

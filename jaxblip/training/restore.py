@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxblip import sharding
 from jaxblip.config import apply_overrides, config_from_dict, field_names
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.interop.load import put_params
 from jaxblip.tasks import Task, make_task
@@ -137,8 +137,8 @@ def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     apply_overrides(config, overrides)
     task = make_task(config)
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = inputs.run_tokenizer(config, workdir, sources=())
-    qformer_tokenizer = inputs.run_qformer_tokenizer(config, workdir, sources=())
+    tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources=())
+    qformer_tokenizer = run_tokenizers.run_qformer_tokenizer(config, workdir, sources=())
 
     saved = saved_params(f"{workdir}/{FOLDER}/{step}")
     params = put_params(saved, sharding.tree_shardings(saved, mesh))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxblip import sharding
 from jaxblip.config import MAY_CHANGE_ON_RESUME
-from jaxblip.data import inputs, mixture
+from jaxblip.data import mixture, run_sources, run_tokenizers
 from jaxblip.data.mixture import TrainSource
 from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
@@ -36,8 +36,8 @@ FILES = (
     checkpoints.CONFIG_FILE,
     checkpoints.FOLDER,
     environment.ENVIRONMENT_FILE,
-    inputs.TOKENIZER_FOLDER,
-    inputs.QFORMER_TOKENIZER_FOLDER,
+    run_tokenizers.TOKENIZER_FOLDER,
+    run_tokenizers.QFORMER_TOKENIZER_FOLDER,
     METRICS_FILE,
     EVENTS_FOLDER,
 )
@@ -76,15 +76,15 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     adopts_sizes = any(is_published(name) or is_converted(name) for name in config.init.values())
     if not adopts_sizes:
         _check_model(config)
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     adopted = adopt_sources(config)
     if adopts_sizes:  # they are known only now, after a download perhaps
         _check_model(adopted.config)
-    tokenizer = inputs.run_tokenizer(adopted.config, workdir, sources, adopted.tokenizer)
-    qformer_tokenizer = inputs.run_qformer_tokenizer(
+    tokenizer = run_tokenizers.run_tokenizer(adopted.config, workdir, sources, adopted.tokenizer)
+    qformer_tokenizer = run_tokenizers.run_qformer_tokenizer(
         adopted.config, workdir, sources, adopted.qformer_tokenizer
     )
-    config = inputs.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
+    config = run_tokenizers.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     if jax.process_index() == 0:
@@ -105,7 +105,7 @@ def _check_writable(workdir: str) -> None:
 
 def _check_model(config: ConfigDict) -> None:
     """Raises UserError for shapes that do not fit each other and frozen parts that do not exist."""
-    abstract_params(make_task(inputs.with_some_vocabulary(config)))
+    abstract_params(make_task(run_tokenizers.with_some_vocabulary(config)))
 
 
 def write_description(setup: Setup) -> None:
@@ -113,7 +113,7 @@ def write_description(setup: Setup) -> None:
     if jax.process_index() == 0:
         checkpoints.save_config(setup.workdir, setup.config.to_dict())
         environment.save_environment(setup.workdir)
-        inputs.save_tokenizers(setup.tokenizer, setup.qformer_tokenizer, setup.workdir)
+        run_tokenizers.save_tokenizers(setup.tokenizer, setup.qformer_tokenizer, setup.workdir)
 
 
 @contextlib.contextmanager

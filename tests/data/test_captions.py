@@ -14,7 +14,7 @@ from PIL import Image
 
 from jaxblip.cli import main
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.captions import EachCaption
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
@@ -56,7 +56,7 @@ def make_config(path, **data):
 
 
 def take(config, tokenizer, number, position=None, process=(0, 1)):
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     settings = config, FIELDS, sources, tokenizer, process, position
     with inputs.train_batches(*settings) as batches:
         taken = list(itertools.islice(batches, number))
@@ -115,7 +115,7 @@ def test_answers_of_a_question_are_examples_too(tmp_path):
     row = {"image": "a.png", "question": "what?", "answers": ["a cat", "a cat", "a dog"]}
     path.write_text(json.dumps(row) + "\n")
     config = make_config(str(path), prompt="Question: {} Answer:")
-    (opened,) = inputs.open_train_sources(config)
+    (opened,) = run_sources.open_train_sources(config)
     assert opened.source.has_instructions
     examples = [opened.source.without_images()[index] for index in range(3)]
     assert [each["captions"] for each in examples] == [["a cat"], ["a cat"], ["a dog"]]
@@ -167,8 +167,8 @@ def test_a_tokenizer_is_trained_on_the_same_texts_either_way(path, tmp_path):
     config = make_config(path)
     vocabularies = []
     for config.data.captions in ("sample", "all"):
-        sources = inputs.open_train_sources(config)
-        vocabularies.append(inputs.run_tokenizer(config, tmp_path, sources).get_vocab())
+        sources = run_sources.open_train_sources(config)
+        vocabularies.append(run_tokenizers.run_tokenizer(config, tmp_path, sources).get_vocab())
     assert vocabularies[0] == vocabularies[1]
 
 
@@ -176,15 +176,15 @@ def test_settings_that_do_not_go_together(path):
     with pytest.raises(UserError, match="data.captions='each' is none of sample, all"):
         config = make_config(path)
         config.data.captions = "each"
-        inputs.open_train_sources(config)
+        run_sources.open_train_sources(config)
     with pytest.raises(UserError, match="shuffle_block=2 would keep captions of one image"):
-        inputs.open_train_sources(make_config(path, shuffle_block=2))
+        run_sources.open_train_sources(make_config(path, shuffle_block=2))
     config = make_config(path)
     config.batch_size = len(PAIRS)  # more than there are images
-    inputs.open_train_sources(config)
+    run_sources.open_train_sources(config)
     config.data.captions = "sample"
     with pytest.raises(UserError, match="7 examples, fewer than batch_size=14"):
-        inputs.open_train_sources(config)
+        run_sources.open_train_sources(config)
 
 
 def test_stage1_trains_on_every_pair(tmp_path):

@@ -40,5 +40,5 @@ def test_a_question_has_the_picture_that_it_is_about():
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(UserError, match=r"easy-vqa is missing; pip install 'jaxblip\[easy_vqa\]'"):
+    with pytest.raises(UserError, match=r"easy-vqa is missing; pip install 'jaxblip\[easy-vqa\]'"):
         open_source("easy_vqa:train", image_size_px=8)

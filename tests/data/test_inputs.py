@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.mixture import TrainSource
 from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess, input_tokens
@@ -126,7 +126,7 @@ def test_a_source_of_another_size_is_no_place_to_go_on(tokenizer):
     with inputs.train_batches(*settings, position):
         pass
     position["sizes"][""] += 1
-    with pytest.raises(UserError, match=r"data.train had 21 examples .* and has 20 now"):
+    with pytest.raises(UserError, match=r"data.train had 41 examples .* and has 40 now"):
         inputs.train_batches(*settings, position)
 
 
@@ -186,11 +186,12 @@ def test_only_a_model_without_encoder_has_a_beginning_in_its_text(tokenizer):
 def test_the_decoder_starts_with_the_padding_token(tokenizer):
     config = make_config()
     assert config.model.language_model.start_token_id == -1
-    filled = inputs.with_vocabulary(config, tokenizer).model.language_model
+    filled = run_tokenizers.with_vocabulary(config, tokenizer).model.language_model
     assert filled.start_token_id == tokenizer.pad_token_id
     assert filled.vocab_size == len(tokenizer)
     config.model.language_model.start_token_id = 3
-    assert inputs.with_vocabulary(config, tokenizer).model.language_model.start_token_id == 3
+    filled = run_tokenizers.with_vocabulary(config, tokenizer)
+    assert filled.model.language_model.start_token_id == 3
 
 
 def test_dividing_needs_an_encoder():
@@ -237,8 +238,9 @@ def instruct_config(language_model, path, **data):
 @pytest.mark.parametrize("language_model", ["opt", "t5"])
 def test_an_instruction_is_read_by_both_and_before_its_output(tokenizer, asked, language_model):
     config = instruct_config(language_model, asked)
-    fields = make_task(inputs.with_vocabulary(config, tokenizer, tokenizer)).fields[1:]
-    sources, encoder = inputs.open_train_sources(config), inputs.text_encoder(config, tokenizer)
+    fields = make_task(run_tokenizers.with_vocabulary(config, tokenizer, tokenizer)).fields[1:]
+    sources = run_sources.open_train_sources(config)
+    encoder = inputs.text_encoder(config, tokenizer)
     other = train_wordpiece(["what is it say left of the red circle ? :"], 300)
     settings = (config, fields, sources, tokenizer, (0, 1), None, other)
     with inputs.train_batches(*settings) as batches:
@@ -278,32 +280,32 @@ def test_a_source_without_instructions_is_refused(asked):
         reader = "blip_vqa" if task == "blip_vqa" else "data.prompt='"
         for which in ("train", "source"):
             config.eval.source = "shapes:heldout"
-            read = inputs.open_train_sources if which == "train" else inputs.read_eval_set
+            read = run_sources.open_train_sources if which == "train" else run_sources.read_eval_set
             with pytest.raises(UserError) as error:
                 read(config)
             assert f"have no instruction, which {reader}" in str(error.value)
         config.data.train = asked
-        inputs.open_train_sources(config)
+        run_sources.open_train_sources(config)
     config = make_config("instruct", "opt", train="shapes:train", prompt="What is there?")
-    inputs.open_train_sources(config)  # one instruction for all
+    run_sources.open_train_sources(config)  # one instruction for all
 
 
 def test_fewer_examples_than_a_batch_are_no_training_set(asked):
     config = make_config("stage2", "opt", train=asked)
     config.eval.source = asked
-    assert len(inputs.open_train_sources(config)[0].source) == config.batch_size == 20
+    assert len(run_sources.open_train_sources(config)[0].source) == config.batch_size == 20
     config.batch_size = 21
     with pytest.raises(UserError) as error:
-        inputs.open_train_sources(config)
+        run_sources.open_train_sources(config)
     assert f"{asked} has 20 examples, fewer than batch_size=21" in str(error.value)
     assert "set --config.batch_size to 20 or less" in str(error.value)
     with pytest.raises(RunStopped, match="missing image 20"):  # that is all: there is no picture
-        inputs.read_eval_set(config)
+        run_sources.read_eval_set(config)
 
 
 def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
     config = make_config("stage2", "opt", train=asked, prompt="a {} of")
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     fields = ("text_ids", "text_mask", "prompt_length")
     with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as batches:
         batch = next(batches)
@@ -321,21 +323,23 @@ def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
 
 def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_path):
     config = instruct_config("opt", asked)
-    sources = inputs.open_train_sources(config)
-    assert inputs.run_qformer_tokenizer(make_config("stage2", "opt"), tmp_path, sources) is None
+    sources = run_sources.open_train_sources(config)
+    other = make_config("stage2", "opt")
+    assert run_tokenizers.run_qformer_tokenizer(other, tmp_path, sources) is None
     words = {"[DEC]", "Say", "say", "what"}
-    trained = inputs.run_qformer_tokenizer(config, tmp_path, sources)
+    trained = run_tokenizers.run_qformer_tokenizer(config, tmp_path, sources)
     assert words - set(trained.get_vocab()) == {"Say"} and "sit" not in trained.get_vocab()
     # That of stage 1, which is a Q-Former's; not that of stage 2, which is a language model's.
     for task in ("stage1", "stage2"):
         (tmp_path / task).mkdir()
         (tmp_path / task / "config.json").write_text(json.dumps({"task": task}))
-        save_tokenizer(tokenizer, tmp_path / task / inputs.TOKENIZER_FOLDER)
+        save_tokenizer(tokenizer, tmp_path / task / run_tokenizers.TOKENIZER_FOLDER)
         with config.unlocked():
             config.init.qformer = str(tmp_path / task)
-        taken = inputs.run_qformer_tokenizer(config, tmp_path, sources).get_vocab()
+        taken = run_tokenizers.run_qformer_tokenizer(config, tmp_path, sources).get_vocab()
         assert (taken == tokenizer.get_vocab()) == (task == "stage1")
-        assert inputs.run_tokenizer(config, tmp_path, sources).get_vocab() != tokenizer.get_vocab()
+        of_text = run_tokenizers.run_tokenizer(config, tmp_path, sources)
+        assert of_text.get_vocab() != tokenizer.get_vocab()
     # What is named counts more; [DEC] is added where the vocabulary has room for it.
     bare = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")),
@@ -344,20 +348,20 @@ def test_a_q_former_that_reads_has_a_tokenizer_of_its_own(tokenizer, asked, tmp_
     save_tokenizer(bare, tmp_path / "named")
     with config.unlocked():
         config.data.qformer_tokenizer = str(tmp_path / "named")
-    assert len(inputs.run_qformer_tokenizer(config, tmp_path, sources)) == 3
+    assert len(run_tokenizers.run_qformer_tokenizer(config, tmp_path, sources)) == 3
     with config.unlocked():
         config.model.qformer.vocab_size = 2
-    named = inputs.run_qformer_tokenizer(config, tmp_path, sources)
+    named = run_tokenizers.run_qformer_tokenizer(config, tmp_path, sources)
     assert len(named) == 2
-    filled = inputs.with_vocabulary(config, tokenizer, named)
+    filled = run_tokenizers.with_vocabulary(config, tokenizer, named)
     assert (filled.model.qformer.vocab_size, filled.model.language_model.vocab_size) == (
         2, len(tokenizer),
     )  # fmt: skip
     # A run that goes on has both.
-    inputs.save_tokenizers(tokenizer, named, tmp_path / "run")
-    assert len(inputs.run_qformer_tokenizer(config, tmp_path / "run", sources)) == 2
-    assert len(inputs.run_tokenizer(config, tmp_path / "run", sources)) == len(tokenizer)
+    run_tokenizers.save_tokenizers(tokenizer, named, tmp_path / "run")
+    assert len(run_tokenizers.run_qformer_tokenizer(config, tmp_path / "run", sources)) == 2
+    assert len(run_tokenizers.run_tokenizer(config, tmp_path / "run", sources)) == len(tokenizer)
     with config.unlocked():
         config.data.qformer_tokenizer = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="data.qformer_tokenizer='.*nowhere' is no tokenizer"):
-        inputs.run_qformer_tokenizer(config, tmp_path, sources)
+        run_tokenizers.run_qformer_tokenizer(config, tmp_path, sources)

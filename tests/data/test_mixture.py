@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxblip.config import apply_overrides, config_from_dict, default_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.mixture import configs_of_sources, lines, shares
 from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess
@@ -197,7 +197,7 @@ def config_of(tmp_path, overrides=()):
 
 def test_a_mixture_is_written_on_the_command_line(tmp_path):
     config = config_of(tmp_path, ["config.data.mixture.many.fields.captions=answer"])
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     assert [(each.name, len(each.source), each.share) for each in sources] == [
         ("few", 10, 0.5), ("many", 40, 0.5),
     ]  # fmt: skip
@@ -214,8 +214,8 @@ def test_a_mixture_is_written_on_the_command_line(tmp_path):
 
 def test_each_source_has_its_own_prompt(tmp_path):
     config = config_of(tmp_path)
-    sources = inputs.open_train_sources(config)
-    tokenizer = inputs.run_tokenizer(config, tmp_path, sources)
+    sources = run_sources.open_train_sources(config)
+    tokenizer = run_tokenizers.run_tokenizer(config, tmp_path, sources)
     texts = Counter()
     fields = ("text_ids", "text_mask", "prompt_length")
     with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as batches:
@@ -241,13 +241,13 @@ def test_each_source_has_its_own_prompt(tmp_path):
 ])  # fmt: skip
 def test_wrong_mixtures_are_refused(tmp_path, override, message):
     with pytest.raises(UserError) as error:
-        inputs.open_train_sources(config_of(tmp_path, [override]))
+        run_sources.open_train_sources(config_of(tmp_path, [override]))
     assert message in str(error.value)
 
 
 def test_a_source_has_its_own_templates(tmp_path):
     config = config_of(tmp_path, ["config.data.mixture.few.templates='{} one','{} two'"])
-    few, many = inputs.open_train_sources(config)
+    few, many = run_sources.open_train_sources(config)
     assert few.config.data.templates == ("{} one", "{} two")
     assert many.config.data.templates == () and many.config.data.prompt == "Say"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.captions import EachCaption
 from jaxblip.data.packing import PackedSource, PackTexts, plan_rows
 from jaxblip.data.preprocess import Preprocess
@@ -68,12 +68,12 @@ def make_config(**data):
 
 
 def use(monkeypatch, source):
-    monkeypatch.setattr(inputs, "open_source", lambda *args, **kwargs: source)
+    monkeypatch.setattr(run_sources, "open_source", lambda *args, **kwargs: source)
 
 
 def take(config, tokenizer, number, position=None, process=(0, 1)):
-    fields = make_task(inputs.with_vocabulary(config, tokenizer)).fields
-    sources = inputs.open_train_sources(config)
+    fields = make_task(run_tokenizers.with_vocabulary(config, tokenizer)).fields
+    sources = run_sources.open_train_sources(config)
     settings = config, fields, sources, tokenizer, process, position
     with inputs.train_batches(*settings) as batches:
         taken = list(itertools.islice(batches, number))
@@ -167,7 +167,7 @@ def test_a_text_that_is_too_long_fills_a_row_without_end_token(monkeypatch, toke
     config.batch_size = 1
     expected = alone(source, tokenizer)
     assert sum(len(text) == ROW and text[-1] != tokenizer.sep_token_id for text in expected) > 1
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     found, _ = take(config, tokenizer, 6)
     assert set(texts_of(found)) <= set(expected) and len(sources[0].source) == len(expected) == 8
 
@@ -286,7 +286,9 @@ def test_too_few_rows_and_blocks_are_refused(monkeypatch, tokenizer):
 def test_texts_of_a_mixture_keep_their_share(monkeypatch, tokenizer):
     """Long texts take more rows for the same share."""
     monkeypatch.setattr(
-        inputs, "open_source", lambda spec, **_: Texts(200, longest=18 if spec == "long" else 2)
+        run_sources,
+        "open_source",
+        lambda spec, **_: Texts(200, longest=18 if spec == "long" else 2),
     )
     config = make_config()
     config.data.train = ""

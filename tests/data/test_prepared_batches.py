@@ -8,7 +8,7 @@ import pytest
 
 from jaxblip.cli import main
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.easy_vqa import EasyVqaRows
 from jaxblip.data.openmoji import build_openmoji
 from jaxblip.tasks import TASKS
@@ -48,8 +48,8 @@ def batches(task, source, workdir, workers=0):
     config = default_config(task)
     config.batch_size, config.data.image_size_px, config.data.num_workers = 16, 32, workers
     config.data.train = source
-    sources = inputs.open_train_sources(config)
-    tokenizer = inputs.run_tokenizer(config, workdir, sources)
+    sources = run_sources.open_train_sources(config)
+    tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources)
     number = 3 * len(sources[0].source) // config.batch_size
     fields = tuple({*TASKS[task].fields, "image_id"})
     with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as found:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxblip.config import default_config, load_config
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import BadSample
 from jaxblip.data.tokenizers import TextEncoder, train_wordpiece
@@ -218,7 +218,7 @@ def make_config(path, **data):
 
 
 def take(config, tokenizer, number, position=None):
-    sources = inputs.open_train_sources(config)
+    sources = run_sources.open_train_sources(config)
     with inputs.train_batches(config, TEXT, sources, tokenizer, (0, 1), position) as batches:
         return list(itertools.islice(batches, number)), batches.state()
 
@@ -243,26 +243,26 @@ def test_the_template_belongs_to_the_example(tokenizer, path):
 
 def test_a_tokenizer_is_trained_on_all_prompts(path, tmp_path):
     config = make_config(path, prompt="evaluated by")
-    sources = inputs.open_train_sources(config)
-    vocabulary = set(inputs.run_tokenizer(config, tmp_path, sources).get_vocab())
+    sources = run_sources.open_train_sources(config)
+    vocabulary = set(run_tokenizers.run_tokenizer(config, tmp_path, sources).get_vocab())
     assert {"say", "what", "is", "it", "ask", "evaluated", "by", *WORDS} <= vocabulary
     config.data.templates = ()
-    assert "ask" not in inputs.run_tokenizer(config, tmp_path, sources).get_vocab()
+    assert "ask" not in run_tokenizers.run_tokenizer(config, tmp_path, sources).get_vocab()
 
 
 def test_generation_and_evaluation_keep_the_prompt(tokenizer, path):
     config = make_config(path, prompt="say")
     encoder = inputs.text_encoder(config, tokenizer)
     assert inputs.prompt_ids(config, encoder) == [encoder.start_id, *tokens(tokenizer, "say")]
-    assert not inputs.reads_instructions(config)
+    assert not run_sources.reads_instructions(config)
 
 
 def test_templates_that_ask_for_what_is_not_there():
     config = make_config("shapes:train", prompt="say")
     with pytest.raises(UserError, match="have no instruction, which data.templates='{} ask' reads"):
-        inputs.open_train_sources(config)
+        run_sources.open_train_sources(config)
     config.data.templates = TEMPLATES[:2]
-    inputs.open_train_sources(config)
+    run_sources.open_train_sources(config)
     assert "templates" not in default_config("blip_vqa").data  # the question is read by itself
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxblip.config import default_config, load_config
-from jaxblip.data.inputs import read_eval_set
+from jaxblip.data.run_sources import read_eval_set
 from jaxblip.data.sources import open_source
 from jaxblip.errors import UserError
 

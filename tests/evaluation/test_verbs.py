@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxblip.cli import main
 from jaxblip.config import load_config
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.evaluation.verbs import evaluate, generate
 from jaxblip.training.loop import train
@@ -55,7 +55,7 @@ def get_config(arg=""):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Trains `task-language_model` and returns the work directory."""
-    monkeypatch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
+    monkeypatch.setattr(run_tokenizers, "_TOKENIZER_EXAMPLES", 200)
     monkeypatch.setattr(jax, "jit", fast_jit)
 
     def trained(which, *overrides):

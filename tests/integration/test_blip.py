@@ -17,7 +17,7 @@ from tiny_tasks import fast_jit
 import jaxblip
 from jaxblip.cli import main
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.evaluation.verbs import evaluate, generate
 from jaxblip.interop.convert import convert
@@ -39,7 +39,7 @@ SEARCHES = [
 def fast_compiler():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", fast_jit)
-        patch.setattr(inputs, "_TOKENIZER_EXAMPLES", 200)
+        patch.setattr(run_tokenizers, "_TOKENIZER_EXAMPLES", 200)
         yield
 
 

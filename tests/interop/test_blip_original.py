@@ -14,7 +14,7 @@ from reference_blip import VOCAB as WORDS
 from tiny_tasks import fast_jit
 
 from jaxblip.config import default_config
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.interop.published import ORIGINAL_BLIP, open_published
@@ -168,7 +168,8 @@ def start(name, source, folder):
         config.data.max_instruction_tokens = 5
     config.data.tokenizer, config.init.all = tokenizer(folder), source
     adopted = adopt_sources(config.lock()).config
-    task = make_task(inputs.with_vocabulary(adopted, inputs.run_tokenizer(adopted, "", ())))
+    own = run_tokenizers.run_tokenizer(adopted, "", ())
+    task = make_task(run_tokenizers.with_vocabulary(adopted, own))
     return task, initial_trainable(task, make_mesh({"data": 8}))
 
 

@@ -29,7 +29,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import jaxblip
-from jaxblip.data.inputs import read_eval_set
+from jaxblip.data.run_sources import read_eval_set
 from jaxblip.interop.convert import convert
 from jaxblip.training.restore import load_run
 

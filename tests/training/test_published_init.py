@@ -25,7 +25,7 @@ from tiny_tasks import fast_jit
 
 from jaxblip import sharding
 from jaxblip.config import apply_overrides, default_config
-from jaxblip.data import inputs
+from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.interop.processors import ImageProcessing
@@ -72,12 +72,12 @@ def params_of(config):
     """All parameters of a run before its first step."""
     adopted = adopt_sources(config)
     tokenizers = (
-        inputs.run_tokenizer(adopted.config, "nowhere", (), adopted.tokenizer),
-        inputs.run_qformer_tokenizer(
+        run_tokenizers.run_tokenizer(adopted.config, "nowhere", (), adopted.tokenizer),
+        run_tokenizers.run_qformer_tokenizer(
             adopted.config, "nowhere", (), adopted.qformer_tokenizer
         ),
     )
-    task = make_task(inputs.with_vocabulary(adopted.config, *tokenizers))
+    task = make_task(run_tokenizers.with_vocabulary(adopted.config, *tokenizers))
     mesh = sharding.make_mesh({"data": 8})
     params = initialize.initial_trainable(task, mesh)
     frozen, references = initialize.frozen_params(task, mesh)

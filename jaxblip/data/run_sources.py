@@ -1,0 +1,149 @@
+"""The data that a run's config names: the sources of its training, and its evaluation set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from jaxblip.data.captions import EachCaption
+from jaxblip.data.eval_set import EvalSet, iterate_eval_images
+from jaxblip.data.mixture import (
+    WEIGHT,
+    TrainSource,
+    configs_of_sources,
+    section_of,
+    shares,
+)
+from jaxblip.data.samples import Source
+from jaxblip.data.sources import open_source
+from jaxblip.data.text import INSTRUCTION
+from jaxblip.errors import UserError
+
+CAPTIONS = ("sample", "all")  # values of config.data.captions
+
+
+def open_train_sources(config: ConfigDict) -> list[TrainSource]:
+    """The sources of a run, checked against batch, blocks and instructions.
+
+    Without config.data.mixture that is the one that config.data.train names.
+    """
+    configs = configs_of_sources(config)
+    opened = {name: _open_train_source(each) for name, each in configs.items()}
+    sizes = [len(source) for source in opened.values()]
+    weights = [config.data.mixture.get(name, {}).get(WEIGHT, 1.0) for name in configs]
+    if sum(sizes) < config.batch_size:
+        names = ", ".join(each.data.train for each in configs.values())
+        raise UserError(
+            f"{names} has {sum(sizes)} examples, fewer than batch_size={config.batch_size}, so "
+            f"that a batch would repeat some: set --config.batch_size to {sum(sizes)} or less, or "
+            "give it more examples."
+        )
+    for name, source in opened.items():
+        _check_block(configs[name], name, len(source))
+    parts = shares(weights, sizes, config.data.mixture_exponent)
+    return [
+        TrainSource(name, configs[name], opened[name], share)
+        for name, share in zip(configs, parts, strict=True)
+    ]
+
+
+def _open_train_source(config: ConfigDict) -> Source:
+    if not config.data.train:
+        raise UserError(
+            "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
+            "your data, such as a .jsonl file."
+        )
+    data, prompts = config.data, train_prompts(config)
+    if data.captions not in CAPTIONS:
+        raise UserError(
+            f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
+        )
+    source = _open(config, data.train, data)
+    _check_instructions(config, source, data.train, prompts)
+    return EachCaption(source) if _why_all(data) else source
+
+
+def read_eval_set(config: ConfigDict) -> EvalSet:
+    """The evaluation images with all their captions, in memory."""
+    data = config.data
+    source = _open(config, config.eval.source, config.eval)
+    _check_instructions(config, source, config.eval.source, [data.prompt])
+    return iterate_eval_images(
+        source,
+        data.image_size_px,
+        data.max_image_pixels,
+        data.max_words,
+        config.eval.max_images,
+        reads_instructions(config),
+        data.resize,
+        data.interpolation,
+    )
+
+
+def _why_all(data: ConfigDict) -> str:
+    """The setting that makes every caption an example; "" where each image is one."""
+    if data.captions == "all":
+        return "data.captions='all'"
+    return "data.packing=True" if data.get("packing") else ""
+
+
+def _check_block(config: ConfigDict, name: str, size: int) -> None:
+    block, why_all = config.data.shuffle_block, _why_all(config.data)
+    if why_all and block != 1:
+        raise UserError(
+            f"data.shuffle_block={block} would keep captions of one image together, which are no "
+            f"negatives of each other, where {why_all}: set "
+            f"--config.{section_of(name)}.shuffle_block=1."
+        )
+    if block < 1 or size % block:
+        raise UserError(
+            f"data.shuffle_block={block} does not divide the {size} examples of "
+            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one "
+            "by one."
+        )
+
+
+def _open(config: ConfigDict, spec: str, section: ConfigDict) -> Source:
+    """A source with the field map and the image folder of `section`, or else of config.data."""
+    named = any(section.fields.values())
+    return open_source(
+        spec,
+        image_size_px=config.data.image_size_px,
+        fields=(section if named else config.data).fields.to_dict(),
+        image_folder=section.image_folder or config.data.image_folder,
+    )
+
+
+def reads_instructions(config: ConfigDict, prompts: Sequence[str] = ()) -> bool:
+    """Whether every example must have an instruction.
+
+    So it is where a prompt has a place for it, and where a task reads the instruction by itself.
+
+    Args:
+      prompts: by default the one of evaluation and generation.
+    """
+    by_itself = "max_instruction_tokens" in config.data
+    return any(
+        INSTRUCTION in prompt or (not prompt and by_itself)
+        for prompt in prompts or (config.data.prompt,)
+    )
+
+
+def train_prompts(config: ConfigDict) -> tuple[str, ...]:
+    """Of which one stands before each caption in training."""
+    return config.data.get("templates") or (config.data.prompt,)
+
+
+def _check_instructions(
+    config: ConfigDict, source: Source, name: str, prompts: Sequence[str]
+) -> None:
+    reading = [prompt for prompt in prompts if reads_instructions(config, [prompt])]
+    if not reading or getattr(source, "has_instructions", False):
+        return
+    prompt, field = reading[0], "prompt" if reading[0] == config.data.prompt else "templates"
+    reader = f"data.{field}={prompt!r}" if prompt else config.task
+    raise UserError(
+        f"Examples of {name} have no instruction, which {reader} reads: give each line a "
+        '"question" and an "answer", or an "instruction" and an "output".'
+    )
