@@ -49,7 +49,7 @@ setup(
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.
-        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19", *PREPARE],
+        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19", "psutil", *PREPARE],
     },
     entry_points={"console_scripts": ["jaxblip = jaxblip.cli:main"]},
 )

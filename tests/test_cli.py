@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jaxblip.cli import main
 from jaxblip.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -41,3 +48,14 @@ def test_generate_names_its_options(message, shown, monkeypatch, capsys):
     monkeypatch.setattr("jaxblip.training.restore.check_overrides", fail)
     assert main(["generate", "--checkpoint=run", "--image", "a.png"]) == 2
     assert capsys.readouterr().err.startswith(f"jaxblip: error: {shown}")
+
+
+def test_captions_of_any_script_on_a_terminal_of_ascii(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "1.png", "caption": "猫"}', encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxblip.cli", "data", "inspect", str(tmp_path / "pairs.jsonl")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\\u732b" in done.stdout

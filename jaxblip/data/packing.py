@@ -94,15 +94,13 @@ class PackTexts:
     def fields(self) -> tuple[str, ...]:
         return self.preprocess.fields
 
-    def __call__(
-        self, example: dict[str, Any], rng: np.random.Generator, conversions: Counter
-    ) -> dict[str, np.ndarray]:
+    def texts(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arrays of one row, without a batch axis.
 
         Raises:
           BadSample: a text cannot be used any more, as it could when the rows were planned.
         """
-        parts = [self.preprocess(text, rng, conversions) for text in example["texts"]]
+        parts = [self.preprocess.texts(text, rng) for text in example["texts"]]
         texts = [part["text_ids"][part["text_mask"]] for part in parts]
         encoder = self.preprocess.encoder
         # Cut, because a text may have become longer since the rows were planned.

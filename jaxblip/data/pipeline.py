@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -33,7 +33,7 @@ from jaxblip.data.samples import (
 )
 from jaxblip.errors import RunStopped
 
-_COUNTED = SKIP_REASONS + CONVERSIONS + STAGES
+_COUNTED = SKIP_REASONS + CONVERSIONS
 # Examples to examine before their share of bad ones says anything (or the whole set, if smaller).
 _MIN_EXAMINED = 100
 # Bad examples in a row after which no good one is looked for any more.
@@ -74,80 +74,127 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LoadExample:
-    """Index to example; a bad one is counted, and another drawn in its place.
+class _Draw:
+    """What an example of a part follows from: its index, and the state of its own generator."""
 
-    The replacement is drawn from the example's own generator, not the next one of the source:
-    where a whole folder is missing, that would count the rest of it each time one of its images
-    comes up, and show the first image behind it again and again. Nothing about the data may raise
-    here, because it would end the worker.
-    """
-
-    part: Part
     number: int  # of the part
 
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        counts, first_bad, arrays = Counter(), "", None
-        for _ in range(_MAX_TRIES):
-            conversions = Counter()
-            try:
-                arrays = self._load(index, rng, conversions)
-            except BadSample as bad:
-                counts[bad.reason] += 1
-                first_bad = first_bad or f"{bad.reason} ({bad.detail})"
-                index = int(rng.integers(len(self.part.source)))
-                continue
-            counts += conversions
-            break
-        return {"arrays": arrays, "counts": counts, "first_bad": first_bad, "part": self.number}
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, int, dict[str, Any]]:
+        return self.number, index, rng.bit_generator.state
 
-    def _load(
-        self, index: int, rng: np.random.Generator, conversions: Counter
-    ) -> dict[str, np.ndarray]:
-        source, begin = self.part.source, time.perf_counter()
-        example = source[index]
-        conversions["reading"] += (read := time.perf_counter()) - begin
+
+class _Row:
+    """An example on its way into a batch; `arrays` is None where no good one was found."""
+
+    def __init__(self, part: Part, number: int, index: int, state: dict[str, Any]):
+        self.part, self.number = part, number
+        self._index, self._state = index, state
+        self._rng = _generator(state)
+        self.arrays: dict[str, np.ndarray] | None = None
+        self.counts, self._conversions = Counter(), Counter()
+        self.first_bad = ""
+
+    def read(self) -> None:
+        self._example = self.part.source[self._index]
         # Sources number their images independently of each other.
-        example["image_id"] ^= self.part.key
-        try:
-            arrays = self.part.preprocess(example, rng, conversions)
-            conversions["texts"] += time.perf_counter() - read - conversions["images"]
-            return arrays
-        except BadSample as bad:
-            if not hasattr(source, "place"):
-                raise
-            raise BadSample(bad.reason, f"{bad.detail}, of {source.place(index)}") from bad
+        self._example["image_id"] ^= self.part.key
+
+    def make_texts(self) -> None:
+        self.arrays = self.part.preprocess.texts(self._example, self._rng)
+
+    def make_image(self) -> None:
+        preprocess = self.part.preprocess
+        if "image" in preprocess.fields:
+            image = self._example["image"]
+            self.arrays["image"] = preprocess.image(image, self._rng, self._conversions)
+
+    def find(self) -> None:
+        """All stages from the beginning; a bad example is counted, and another drawn in its place.
+
+        The replacement is drawn from the example's own generator, not the next one of the source:
+        where a whole folder is missing, that would count the rest of it each time one of its images
+        comes up, and show the first image behind it again and again.
+        """
+        self._rng = _generator(self._state)
+        for _ in range(_MAX_TRIES):
+            self._conversions = Counter()
+            try:
+                for _, stage in _STAGES:
+                    stage(self)
+            except BadSample as bad:
+                self.counts[bad.reason] += 1
+                self.first_bad = self.first_bad or f"{bad.reason} ({self._detail(bad, stage)})"
+                self._index = int(self._rng.integers(len(self.part.source)))
+                self.arrays = None
+            else:
+                break
+
+    def all_counts(self) -> list[int]:
+        """Of each of _COUNTED."""
+        counts = self.counts + self._conversions
+        return [counts[name] for name in _COUNTED]
+
+    def _detail(self, bad: BadSample, stage: Callable) -> str:
+        source = self.part.source
+        if stage is _Row.read or not hasattr(source, "place"):
+            return bad.detail
+        return f"{bad.detail}, of {source.place(self._index)}"
+
+
+_STAGES = tuple(zip(STAGES, (_Row.read, _Row.make_texts, _Row.make_image), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stack:
-    """Batches what `_LoadExample` gives, with what is counted of each part.
+class _MakeBatch:
+    """Draws to a batch, with what is counted of each part.
 
-    `arrays` is None where no good example was found, and `lost` says of which part.
+    `arrays` is empty where a row found no good example, and `lost` says of which part. Nothing
+    about the data may raise here, because it would end the worker.
     """
 
-    num_parts: int
+    parts: Sequence[Part]
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        counts = np.zeros((self.num_parts, len(_COUNTED)))
-        drawn, lost = np.zeros((2, self.num_parts), np.int64)
-        first_bad = [""] * self.num_parts
-        for example in examples:
-            part = example["part"]
-            counts[part] += [example["counts"][name] for name in _COUNTED]
-            drawn[part] += 1
-            lost[part] += example["arrays"] is None
-            first_bad[part] = first_bad[part] or example["first_bad"]
-        arrays = [example["arrays"] for example in examples]
+    def __call__(self, draws: Sequence[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
+        rows = [_Row(self.parts[number], number, *rest) for number, *rest in draws]
+        # Stage by stage, because Python is three times slower right behind a decoder, which has
+        # emptied the caches.
+        bad, seconds = set(), []
+        for _, stage in _STAGES:
+            begin = time.perf_counter()
+            for place, row in enumerate(rows):
+                if place not in bad:
+                    try:
+                        stage(row)
+                    except BadSample:
+                        bad.add(place)
+            seconds.append(time.perf_counter() - begin)
+        for place in bad:
+            rows[place].find()
+        return self._stacked(rows) | {"seconds": np.array(seconds)}
+
+    def _stacked(self, rows: Sequence[_Row]) -> dict[str, Any]:
+        counts = np.zeros((len(self.parts), len(_COUNTED)), np.int64)
+        drawn, lost = np.zeros((2, len(self.parts)), np.int64)
+        first_bad = [""] * len(self.parts)
+        for row in rows:
+            counts[row.number] += row.all_counts()
+            drawn[row.number] += 1
+            lost[row.number] += row.arrays is None
+            first_bad[row.number] = first_bad[row.number] or row.first_bad
+        fields = () if lost.any() else self.parts[0].preprocess.fields
         return {
-            "arrays": (
-                None if lost.any() else {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}
-            ),
+            "arrays": {field: np.stack([row.arrays[field] for row in rows]) for field in fields},
             "counts": counts,
             "drawn": drawn,
             "first_bad": first_bad,
             "lost": lost,
         }
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    bits = getattr(np.random, state["bit_generator"])(0)
+    bits.state = state
+    return np.random.Generator(bits)
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
@@ -175,17 +222,21 @@ def _shuffled(size: int, block: int, seed: int) -> grain.MapDataset:
     )
 
 
-def _examples(part: Part, number: int, seed: int) -> grain.MapDataset:
-    """The endless examples of one part, each augmented by a generator of its own."""
-    if "image" not in part.preprocess.fields and hasattr(part.source, "without_images"):
-        part = dataclasses.replace(part, source=part.source.without_images())
+def _without_images(part: Part) -> Part:
+    if "image" in part.preprocess.fields or not hasattr(part.source, "without_images"):
+        return part
+    return dataclasses.replace(part, source=part.source.without_images())
+
+
+def _draws(part: Part, number: int, seed: int) -> grain.MapDataset:
+    """The endless draws of one part, each with a generator of its own."""
     seed ^= part.key
     return (
         _shuffled(len(part.source), part.shuffle_block, seed)
         .seed(seed)
         .repeat()
         # Before any slice: the generator of an example follows from its index.
-        .random_map(_LoadExample(part, number))
+        .random_map(_Draw(number))
     )
 
 
@@ -242,17 +293,17 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         for name in ("examined", "drawn", "skipped", "converted"):
             setattr(self, name, Counter(counters.get(name, {})))
         self.seconds, self.batches_made = Counter(), 0
-        self._parts = parts
+        self._parts = [_without_images(part) for part in parts]
         self._first_bad: dict[str, str] = {}
         self._batch_size = batch_size
         self._max_bad_share = max_bad_share
         self._num_workers, self._prefetch = num_workers, prefetch
         self._process = process_index, process_count
-        examples = [_examples(part, number, seed) for number, part in enumerate(parts)]
-        self._examples = (
-            examples[0]
+        draws = [_draws(part, number, seed) for number, part in enumerate(parts)]
+        self._draws = (
+            draws[0]
             if len(parts) == 1
-            else grain.MapDataset.mix(examples, [part.share for part in parts])
+            else grain.MapDataset.mix(draws, [part.share for part in parts])
         )
         self._iterator = self._start()
 
@@ -260,6 +311,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         batch = self._next_batch()
         for number, part in enumerate(self._parts):
             self._count(part, int(batch["drawn"][number]), batch["counts"][number].tolist())
+        self.seconds.update(dict(zip(STAGES, batch["seconds"].tolist(), strict=True)))
         self._stop_if_too_many_are_bad(batch)
         self.examples_seen += self._batch_size
         self.batches_made += 1
@@ -302,10 +354,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         index, count = self._process
         threads = min(2, self._prefetch)
         dataset = (
-            self._examples[self.examples_seen :][index::count]
-            .batch(
-                self._batch_size // count, drop_remainder=True, batch_fn=_Stack(len(self._parts))
-            )
+            self._draws[self.examples_seen :][index::count]
+            .batch(self._batch_size // count, drop_remainder=True, batch_fn=_MakeBatch(self._parts))
             .to_iter_dataset(
                 grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
             )
@@ -340,13 +390,11 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self.drawn[part.name] += drawn
         self.examined[part.name] += drawn
         for name, count in zip(_COUNTED, counts, strict=True):
-            if name in STAGES:
-                self.seconds[name] += count
-            elif count and name in SKIP_REASONS:
-                self.skipped[part.prefix + name] += int(count)
-                self.examined[part.name] += int(count)
+            if count and name in SKIP_REASONS:
+                self.skipped[part.prefix + name] += count
+                self.examined[part.name] += count
             elif count:
-                self.converted[part.prefix + name] += int(count)
+                self.converted[part.prefix + name] += count
 
     def _stop_if_too_many_are_bad(self, batch: dict[str, Any]) -> None:
         for number, part in enumerate(self._parts):

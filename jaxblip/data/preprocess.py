@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -95,11 +94,19 @@ class Preprocess:
     ) -> dict[str, np.ndarray]:
         """Arrays of one example, without a batch axis.
 
-        Adds to `conversions`, and the seconds that the image took under "images".
+        Raises:
+          BadSample: as `texts` and `image` do.
+        """
+        arrays = self.texts(example, rng)
+        if "image" in self.fields:
+            arrays["image"] = self.image(example["image"], rng, conversions)
+        return arrays
+
+    def texts(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The arrays of all fields but "image".
 
         Raises:
-          BadSample: no caption has a word, or the instruction has none and is needed, or the image
-            cannot be decoded.
+          BadSample: no caption has a word, or the instruction has none and is needed.
         """
         captions = self._captions(example["captions"], rng)
         prompts, instruction = self.prompts(example)
@@ -121,11 +128,28 @@ class Preprocess:
             arrays["instruction_ids"], arrays["instruction_mask"] = row
         if "image_id" in self.fields:
             arrays["image_id"] = _folded(example["image_id"])
-        if "image" in self.fields:
-            begin = time.perf_counter()
-            arrays["image"] = self._image(example["image"], rng, conversions)
-            conversions["images"] += time.perf_counter() - begin
-        return {field: arrays[field] for field in self.fields}
+        return {field: arrays[field] for field in self.fields if field != "image"}
+
+    def image(
+        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
+    ) -> np.ndarray:
+        """The square of uint8 that training sees; what was converted is added to `conversions`.
+
+        Raises:
+          BadSample: the image cannot be decoded.
+        """
+        image = images.random_view(
+            image,
+            rng,
+            self.image_size_px,
+            self.crop_scale,
+            self.crop_aspect,
+            self.interpolation,
+            self.flip_probability,
+            self.max_image_pixels,
+            conversions,
+        )
+        return images.randaugment(image, rng) if self.randaugment else image
 
     def prompts(self, example: dict[str, Any]) -> tuple[list[str], str]:
         """What may stand before its captions, and the instruction, where either reads that.
@@ -171,22 +195,6 @@ class Preprocess:
     def _input_row(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokens = input_tokens(self.encoder, texts, self.max_input_tokens)
         return padded_row(tokens, self.max_input_tokens, self.encoder.pad_id)
-
-    def _image(
-        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
-    ) -> np.ndarray:
-        image = images.random_view(
-            image,
-            rng,
-            self.image_size_px,
-            self.crop_scale,
-            self.crop_aspect,
-            self.interpolation,
-            self.flip_probability,
-            self.max_image_pixels,
-            conversions,
-        )
-        return images.randaugment(image, rng) if self.randaugment else image
 
 
 def _folded(image_id: int) -> np.int32:

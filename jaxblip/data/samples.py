@@ -33,7 +33,7 @@ CONVERSIONS = (
 
 
 # What the work on an example is divided into, to tell which is slow.
-STAGES = ("reading", "images", "texts")
+STAGES = ("reading", "texts", "images")
 
 
 class BadSample(Exception):

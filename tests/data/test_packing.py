@@ -216,7 +216,7 @@ def test_a_text_that_becomes_bad_costs_its_row(tokenizer):
     source.examples.bad = [5]  # an image with two captions, which are in different rows
     for index in range(len(packed)):
         try:
-            row = pack(packed[index], np.random.default_rng(index), Counter())
+            row = pack.texts(packed[index], np.random.default_rng(index))
         except BadSample as bad:
             reasons.append(bad.reason)
             continue
@@ -231,7 +231,7 @@ def test_rows_are_never_longer_than_planned(tokenizer):
     encoder = TextEncoder(tokenizer, 6, "language_model")
     preprocess = Preprocess(("text_ids", "text_mask", "segment_ids"), encoder=encoder)
     texts = [{"captions": ["a1 a2 a3"]}, {"captions": ["b1 b2"]}]
-    row = PackTexts(preprocess)({"texts": texts}, np.random.default_rng(0), Counter())
+    row = PackTexts(preprocess).texts({"texts": texts}, np.random.default_rng(0))
     assert row["segment_ids"].tolist() == [1] * 5 + [2] and row["text_mask"].all()
     assert row["text_ids"][5] == tokenizer.cls_token_id
 
