@@ -79,7 +79,7 @@ def resample(
     return result
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=2048)
 def _band(
     start: float, stop: float, size_px: int, interpolation: str
 ) -> list[tuple[slice, slice, Float32[np.ndarray, "block taken"]]]:
