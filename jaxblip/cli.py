@@ -360,8 +360,9 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
     import dataclasses
 
-    from jaxblip.data.prepare.engine import Engine, available_cores
+    from jaxblip.data.prepare.engine import Engine
     from jaxblip.data.prepare.settings import Settings, absolute_source
+    from jaxblip.machine import available_cores
 
     chosen = vars(options) | {
         "source": absolute_source(options.source),

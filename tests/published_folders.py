@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 import transformers
+from tiny_tasks import fast_jit
 from reference import randomized
 from reference_blip import CLASSES as BLIP
 from reference_blip import DEC as BLIP_DEC
@@ -178,3 +180,25 @@ def pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 images `[batch, height, width, 3]` as the processor of `publish` has them."""
     normal = np.asarray(normalize_images(images, MEAN, STD))
     return torch.tensor(normal.transpose(0, 3, 1, 2).copy())
+
+
+# Of transformers' image encoders, and of those in the files of LAVIS and of BLIP's authors.
+AUTHORS_VIT_NAMES = (
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+    ("vision_model.encoder.layers", "visual_encoder.blocks"),
+    ("self_attn.qkv", "attn.qkv"),
+    ("self_attn.projection", "attn.proj"),
+    ("layer_norm", "norm"),
+)
+
+
+def compute(run, *inputs, method=None):
+    """What a method of a run's model gives."""
+    function = fast_jit(lambda params: run.task.apply(params, *inputs, method=method))
+    return jax.tree.map(np.asarray, function(run.params))
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-4)

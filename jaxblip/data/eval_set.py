@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxblip.data import images
+from jaxblip.data.decode import decode_image
 from jaxblip.data.samples import BadSample, Source, counts_as_text
 from jaxblip.data.text import clean_caption, clean_question
 from jaxblip.errors import RunStopped
@@ -79,7 +80,7 @@ def iterate_eval_images(
                 raise BadSample("empty instruction")
             if image_id not in pixels:
                 if isinstance(image, bytes):
-                    image = images.decode_image(image, max_pixels, conversions)
+                    image = decode_image(image, max_pixels, conversions)
                 pixels[image_id] = images.resize_square(
                     image, image_size_px, resize, interpolation
                 )

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from jaxblip.data.decode import Pixels, decode_jpeg, is_plain_jpeg, load_image, open_image
-from jaxblip.data.decode import decode_image as decode_image
 from jaxblip.data.resample import resample
 
 # How an image becomes a square without augmentation, and the filters that encoders were trained on.

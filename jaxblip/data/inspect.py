@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jaxblip.data.images import decode_image, resize_square
+from jaxblip.data.decode import decode_image
+from jaxblip.data.images import resize_square
 from jaxblip.data.samples import BadSample, Source, counts_as_text
 from jaxblip.data.storage import shown
 from jaxblip.data.text import clean_caption

@@ -95,9 +95,9 @@ class _Row:
         self.first_bad = ""
 
     def read(self) -> None:
-        self._example = self.part.source[self._index]
+        example = self.part.source[self._index]
         # Sources number their images independently of each other.
-        self._example["image_id"] ^= self.part.key
+        self._example = example | {"image_id": example["image_id"] ^ self.part.key}
 
     def make_texts(self) -> None:
         self.arrays = self.part.preprocess.texts(self._example, self._rng)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from jaxblip.data.images import decode_image
+from jaxblip.data.decode import decode_image
 from jaxblip.data.samples import BadSample
 from jaxblip.errors import UserError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxblip.data.pipeline import TrainBatches
 from jaxblip.data.samples import counts_as_text
 from jaxblip.errors import RunStopped
+from jaxblip.machine import available_cores
 from jaxblip.training.metrics import MetricsWriter, read_metrics
 from jaxblip.training.progress import Progress, Throughput
 
@@ -132,7 +132,7 @@ def bottleneck(batches: TrainBatches, rates: Mapping[str, float], num_workers: i
     work_per_step_s = work_s / batches.batches_made
     step_s = rates["seconds_per_step"] * (1 - waited)
     enough = max(num_workers + 1, math.ceil(work_per_step_s / max(step_s, 1e-9)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     line = (
         f"Steps wait for data {waited:.0%} of their time. Its preparation is {stages}; about "
         f"{enough} worker processes would be enough (data.num_workers={num_workers})"

@@ -29,7 +29,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from jaxblip.data.images import decode_image
+from jaxblip.data.decode import decode_image
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import SKIP_REASONS, BadSample
 from jaxblip.data.sources import open_source

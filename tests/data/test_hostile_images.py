@@ -15,7 +15,7 @@ from PIL import Image
 
 from hostile import encoded, inspected, opened
 from jaxblip.data.eval_set import iterate_eval_images
-from jaxblip.data.images import decode_image
+from jaxblip.data.decode import decode_image
 from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import CONVERSIONS, SKIP_REASONS, BadSample

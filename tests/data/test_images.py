@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxblip.data import images
+from jaxblip.data.decode import decode_image
 from jaxblip.data.samples import BadSample
 from photos import jpeg, texture
 
@@ -61,7 +62,7 @@ def test_of_a_ribbon_only_the_middle_is_resized():
 def old_view(image, rng, size_px, conversions, interpolation="bicubic"):
     """Pillow alone, step by step, which `random_view` is to be like."""
     if isinstance(image, bytes):
-        image = images.decode_image(image, LIMIT, conversions)
+        image = decode_image(image, LIMIT, conversions)
     args = ((0.5, 1.0), (3 / 4, 4 / 3), interpolation)
     return images.random_flip(images.random_resized_crop(image, rng, size_px, *args), rng, 0.5)
 

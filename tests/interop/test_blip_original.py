@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from published_folders import tokenizer_of
+from published_folders import AUTHORS_VIT_NAMES, tokenizer_of
 from reference import randomized
 from reference_blip import ANSWERING, CAPTIONING, CLASSES, DEC, PAD, RETRIEVAL, SEP, random_texts
 from reference_blip import VOCAB as WORDS
@@ -62,13 +62,7 @@ def as_original(model):
     for name, tensor in model.state_dict().items():
         for theirs, original in [
             ("vision_model.post_layernorm", "visual_encoder.norm"),
-            ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-            ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
-            ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
-            ("vision_model.encoder.layers", "visual_encoder.blocks"),
-            ("self_attn.qkv", "attn.qkv"),
-            ("self_attn.projection", "attn.proj"),
-            ("layer_norm", "norm"),
+            *AUTHORS_VIT_NAMES,
         ]:
             name = name.replace(theirs, original)
         state[name] = tensor.clone()

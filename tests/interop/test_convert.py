@@ -12,7 +12,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from published_folders import INSTRUCTBLIP, MEAN, STD, pixels, publish, random_model, tokenizer_of
+from published_folders import (
+    INSTRUCTBLIP,
+    MEAN,
+    STD,
+    assert_close,
+    compute,
+    pixels,
+    publish,
+    random_model,
+    tokenizer_of,
+)
 from reference_blip import (
     ANSWERING,
     CAPTIONING,
@@ -51,15 +61,6 @@ def run_of(folder):
     run = load_run(str(folder), MESH)
     assert run.frozen == {} and run.step == 0
     return run
-
-
-def compute(run, *inputs, method=None):
-    function = fast_jit(lambda params: run.task.apply(params, *inputs, method=method))
-    return jax.tree.map(np.asarray, function(run.params))
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

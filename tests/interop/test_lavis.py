@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from published_folders import INSTRUCTBLIP, LANGUAGE_MODELS, tokenizer_of
+from published_folders import (
+    AUTHORS_VIT_NAMES,
+    INSTRUCTBLIP,
+    LANGUAGE_MODELS,
+    assert_close,
+    compute,
+    tokenizer_of,
+)
 from reference import randomized
 from reference_t5 import with_own_head
 from tiny_checkpoints import IMAGE_TOKEN, QUERIES, TEXT, WORDS, shapes_of
@@ -92,13 +99,7 @@ def as_lavis(model, projection="", *, vision=False):
             continue
         for theirs, lavis in [
             ("vision_model.post_layernorm", "ln_vision"),
-            ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
-            ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
-            ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
-            ("vision_model.encoder.layers", "visual_encoder.blocks"),
-            ("self_attn.qkv", "attn.qkv"),
-            ("self_attn.projection", "attn.proj"),
-            ("layer_norm", "norm"),
+            *AUTHORS_VIT_NAMES,
             ("attention.attention", "attention.self"),  # of crossattention as well
             ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
             ("qformer.embeddings.layernorm", "Qformer.bert.embeddings.LayerNorm"),
@@ -139,15 +140,6 @@ def parts_of(model, language_model, folder):
     model.language_model.save_pretrained(folder / "words")
     tokenizer_of(language_model).save_pretrained(folder / "words")
     return {"vision": str(folder / "whole"), "language_model": str(folder / "words")}
-
-
-def compute(run, *inputs, method=None):
-    function = fast_jit(lambda params: run.task.apply(params, *inputs, method=method))
-    return jax.tree.map(np.asarray, function(run.params))
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

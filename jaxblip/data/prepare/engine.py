@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import re
 import shlex
 import sys
@@ -45,10 +44,6 @@ def option_names() -> set[str]:
     for group in PipelineOptions.__subclasses__():
         group._add_argparse_args(parser)
     return set(parser._option_string_actions)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Engine:

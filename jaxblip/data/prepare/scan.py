@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from jaxblip.data.images import decode_image
+from jaxblip.data.decode import decode_image
 from jaxblip.data.prepare.folder import Folder
 from jaxblip.data.prepare.settings import Settings, open_part, text_columns
 from jaxblip.data.prepare.texts import clean_text, clean_texts
