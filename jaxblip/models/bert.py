@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxblip.models.dropout import Dropout
-from jaxblip.models.layers import ACTIVATIONS, Attention, FeedForward, Linear, layer_norm
+from jaxblip.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    FeedForward,
+    Linear,
+    float32_sums,
+    layer_norm,
+)
 
 
 class TextEmbeddings(nn.Module):
@@ -37,8 +44,9 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding(positions)
 
     def attend(self, x: Float[Array, "batch text width"]) -> Float[Array, "batch text vocab"]:
-        """Scores of every word: the tied output embedding."""
-        return self.token_embedding.attend(x)
+        """Scores of every word in float32: the tied output embedding."""
+        words = self.token_embedding.embedding.astype(self.dtype)
+        return float32_sums(x, words.T, (((2,), (0,)), ((), ())))
 
 
 class PredictionHead(nn.Module):

@@ -27,6 +27,8 @@ from jaxblip.models.qformer import QFormer, QFormerConfig
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
 Images = Float[Array, "batch height width 3"]
+# What the image encoder makes of them. A model that is given these does without the encoder.
+Tokens = Float[Array, "batch tokens vision_width"]
 TextIds = Int[Array, "batch text"]
 TextValid = Bool[Array, "batch text"]
 
@@ -64,11 +66,11 @@ class Blip2Stage1(nn.Module):
             "temperature", nn.initializers.constant(self.initial_temperature), ()
         )
 
-    def image_features(self, images: Images) -> Float[Array, "batch tokens vision_width"]:
+    def image_features(self, images: Images | Tokens) -> Tokens:
         """The tokens of the image encoder, normed."""
-        return self.vision_norm(self.vision(images))
+        return self.vision_norm(self.vision(images) if images.ndim == 4 else images)
 
-    def read_image(self, features: Float[Array, "batch tokens vision_width"]) -> KeyValues:
+    def read_image(self, features: Tokens) -> KeyValues:
         """What the Q-Former needs of the images, computed once for all passes."""
         return self.qformer.read_image(features)
 
@@ -77,7 +79,7 @@ class Blip2Stage1(nn.Module):
     ) -> tuple[
         Float[Array, "batch queries embed"],
         Float[Array, "batch embed"],
-        Float[Array, "batch text vocab"],
+        Float[Array, "batch text-1 vocab"],
     ]:
         """The uni-modal and the multimodal causal pass, packed into one.
 
@@ -95,7 +97,8 @@ class Blip2Stage1(nn.Module):
             jnp.concatenate([positions, positions]),
         )
         queries, text, decoded = jnp.split(hidden, [num_queries, num_queries + length], axis=1)
-        return self._embed_queries(queries), self._embed_text(text), self._word_logits(decoded)
+        word_logits = self._word_logits(decoded[:, :-1])  # nothing follows the last token
+        return self._embed_queries(queries), self._embed_text(text), word_logits
 
     def embed_images(self, image: KeyValues) -> Float[Array, "batch queries embed"]:
         """L2-normalised image embeddings, one a query."""
@@ -113,7 +116,7 @@ class Blip2Stage1(nn.Module):
         hidden = self.qformer(image, text_ids, bidirectional_mask(num_queries, text_valid))
         return self.itm_head(hidden[:, :num_queries]).mean(axis=1)
 
-    def __call__(self, images: Images, text_ids: TextIds, text_valid: TextValid):
+    def __call__(self, images: Images | Tokens, text_ids: TextIds, text_valid: TextValid):
         """Runs every part once; for initialisation."""
         image = self.read_image(self.image_features(images))
         return (
@@ -155,7 +158,7 @@ class Blip2Stage2(nn.Module):
 
     def visual_tokens(
         self,
-        images: Images,
+        images: Images | Tokens,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch queries lm_width"]:
@@ -167,13 +170,13 @@ class Blip2Stage2(nn.Module):
         """
         return self.query(self.image_features(images), instruction_ids, instruction_valid)
 
-    def image_features(self, images: Images) -> Float[Array, "batch tokens vision_width"]:
+    def image_features(self, images: Images | Tokens) -> Tokens:
         """The tokens of the image encoder, normed."""
-        return self.vision_norm(self.vision(images))
+        return self.vision_norm(self.vision(images) if images.ndim == 4 else images)
 
     def query(
         self,
-        features: Float[Array, "batch tokens vision_width"],
+        features: Tokens,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch queries lm_width"]:
@@ -188,7 +191,7 @@ class Blip2Stage2(nn.Module):
 
     def __call__(
         self,
-        images: Images,
+        images: Images | Tokens,
         text_ids: TextIds,
         text_valid: TextValid,
         input_ids: Int[Array, "batch input"] | None = None,

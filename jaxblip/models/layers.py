@@ -7,6 +7,7 @@ so one table of sharding rules places them all. Dropout is active exactly when t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -22,8 +23,15 @@ from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention
 from jaxblip.models.dropout import Dropout
 
+
+def exact_gelu(x: Array) -> Array:
+    """GELU by the error function, in float32 and rounded once; `nn.gelu` rounds in between."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),  # BERT and EVA-CLIP use the exact form
+    "gelu": exact_gelu,  # BERT and EVA-CLIP
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # SigLIP
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI CLIP
     "relu": nn.relu,  # OPT
@@ -54,23 +62,48 @@ def empty_cache(config: Any, batch: int, capacity: int, dtype=jnp.float32) -> Ke
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def float32_sums(
     x: Array, kernel: Array, dimensions: jax.lax.DotDimensionNumbers, precision: Any = None
 ) -> Array:
-    """`lax.dot_general` of bfloat16 whose sums stay in float32, in which they are accumulated."""
+    """Product of the last axes of `x` with the first ones of `kernel`, as `lax.dot_general`.
+
+    Its sums stay in float32, in which they are accumulated; those of its gradients are rounded when
+    they are complete. By itself JAX would multiply with gradients in float32, and XLA would widen
+    the factors of a product that is to be bfloat16: on a CPU that multiplies bfloat16 either takes
+    twice the time.
+    """
     return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
 
 
-@partial(float32_sums.defjvp, symbolic_zeros=True)
-def _float32_sums_jvp(dimensions, precision, factors, tangents):
-    # That of a rounded product. By itself JAX would multiply with a gradient in float32.
-    terms = [
-        jax.lax.dot_general(x, kernel, dimensions, precision)
-        for x, kernel in ((tangents[0], factors[1]), (factors[0], tangents[1]))
-        if not isinstance(x, SymbolicZero) and not isinstance(kernel, SymbolicZero)
-    ]
-    return float32_sums(*factors, dimensions, precision), sum(terms).astype(jnp.float32)
+def _float32_sums_forward(x, kernel, dimensions, precision):
+    # What is multiplied with something frozen need not be kept.
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return float32_sums(x.value, kernel.value, dimensions, precision), kept
+
+
+def _float32_sums_backward(dimensions, precision, kept, gradient):
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    depth = len(dimensions[0][0])  # number of axes that are summed over
+    rounded = gradient.astype(next(factor.dtype for factor in kept if factor is not None))
+
+    def product(a, b, of_a, of_b):
+        return float32_sums(a, b, ((of_a, of_b), ((), ())), precision).astype(rounded.dtype)
+
+    x, kernel = kept
+    of_x = of_kernel = None
+    if kernel is not None:
+        outputs = tuple(range(depth, kernel.ndim))
+        last = tuple(range(rounded.ndim - len(outputs), rounded.ndim))
+        of_x = product(rounded, kernel, last, outputs)
+    if x is not None:
+        rows = tuple(range(x.ndim - depth))
+        of_kernel = product(x, rounded, rows, rows)
+    return of_x, of_kernel
+
+
+float32_sums.defvjp(_float32_sums_forward, _float32_sums_backward, symbolic_zeros=True)
 
 
 class Linear(nn.DenseGeneral):

@@ -17,6 +17,10 @@ class Stage1Task(RetrievalTask):
 
     frozen = ("vision",)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.image_field, *super().fields[1:])
+
     def build_model(self) -> Blip2Stage1:
         config = self.config
         return Blip2Stage1(
@@ -42,7 +46,7 @@ class Stage1Task(RetrievalTask):
         itc = self._contrast(params, batch, image_embeds, text_embeds)
         itm, itm_accuracy = self._matching(params, image, batch, itc, match_rng, negative_rng)
         itg = token_cross_entropy(
-            word_logits[:, :-1],
+            word_logits,
             text_ids[:, 1:],
             text_mask[:, 1:],
             label_smoothing=config.itg_label_smoothing,

@@ -141,7 +141,7 @@ def separate(params, features, text_ids, valid):
         mask = multimodal_causal_mask(QUERIES, valid)
         return model.qformer(model.read_image(features), decoder_ids, mask)
 
-    hidden, decoded = apply(params, itc), apply(params, itg)[:, QUERIES:]
+    hidden, decoded = apply(params, itc), apply(params, itg)[:, QUERIES:-1]
     head = params["itg_head"]
     x = linear(head["dense"], decoded)
     x = x * (1 + jax.scipy.special.erf(x / math.sqrt(2))) / 2
@@ -244,7 +244,8 @@ def test_stage1_text_padding_does_not_matter():
     assert (np.where(valid, text_ids, 3) != text_ids).any()
     np.testing.assert_allclose(other_text, text, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(other_match, match, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(other_words[valid], words[valid], rtol=1e-5, atol=1e-5)
+    scored = valid[:, 1:]
+    np.testing.assert_allclose(other_words[scored], words[scored], rtol=1e-5, atol=1e-5)
 
 
 # Stage 2
