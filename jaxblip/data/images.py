@@ -11,16 +11,10 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from jaxblip.data.choices import INTERPOLATIONS
 from jaxblip.data.decode import Pixels, decode_jpeg, is_plain_jpeg, load_image, open_image
 from jaxblip.data.resample import resample
 
-# How an image becomes a square without augmentation, and the filters that encoders were trained on.
-RESIZES = ("squash", "shortest_edge")
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _RIBBON = 100  # times as long as wide
 # A JPEG may be decoded at a reduced size if its crop is still so many times as large as it will be.
 # Then 99.9 % of the values are within 2/255 of those from the full size; at 2 times within 4/255.
@@ -152,7 +146,7 @@ def _resize(
         return pixels[top:bottom, left:right]
     # Cropped first, as torchvision does: Pillow's own `box` would look at pixels beyond its edge.
     crop = Image.fromarray(pixels[top:bottom, left:right])
-    return np.asarray(crop.resize(size, INTERPOLATIONS[interpolation]))
+    return np.asarray(crop.resize(size, Image.Resampling(INTERPOLATIONS[interpolation])))
 
 
 # RandAugment as BLIP uses it (`blip_image_train`): the sizes that magnitude 5 of 10 stands for.

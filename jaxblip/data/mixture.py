@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from jaxblip.data.samples import Source
 from jaxblip.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxblip.data.samples import Source
 
 # Fields of config.data that a section of config.data.mixture may have, beside "weight".
 OF_A_SOURCE = (

@@ -20,8 +20,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from jaxblip.data.choices import COLUMNS
 from jaxblip.data.openmoji_pictures import Picture, choose_heldout, group_identical, make_pictures
-from jaxblip.data.rows import COLUMNS, image_id
+from jaxblip.data.rows import image_id
 from jaxblip.errors import UserError
 
 SPLITS = ("train", "heldout")

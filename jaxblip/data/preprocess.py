@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import BFloat16
 
 from jaxblip.data import images
 from jaxblip.data.samples import BadSample
@@ -21,8 +22,9 @@ from jaxblip.data.text import (
 )
 from jaxblip.data.tokenizers import TextEncoder, padded_row
 
+OF_IMAGES = ("image", "image_features")
 FIELDS = (
-    "image",
+    *OF_IMAGES,
     "text_ids",
     "text_mask",
     "segment_ids",
@@ -56,7 +58,7 @@ class Preprocess:
       max_instruction_tokens: of the prompt that stands before a caption, BOS included: of a longer
         one the first tokens are left out; 0 for no limit.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
-      interpolation: the filter of its resizing, of `images.INTERPOLATIONS`.
+      interpolation: the filter of its resizing, of `choices.INTERPOLATIONS`.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
       randaugment: whether to add BLIP's RandAugment.
       max_image_pixels: an image with more is a bad sample.
@@ -84,7 +86,7 @@ class Preprocess:
         unknown = set(self.fields) - set(FIELDS)
         if unknown:
             raise ValueError(f"unknown batch fields {sorted(unknown)}; known are {FIELDS}")
-        if self.encoder is None and set(self.fields) - {"image", "image_id"}:
+        if self.encoder is None and set(self.fields) - {*OF_IMAGES, "image_id"}:
             raise ValueError(f"fields {self.fields} need an encoder for the text")
         if self.instruction_encoder is None and self._has("instruction"):
             raise ValueError(f"fields {self.fields} need an encoder for the instruction")
@@ -100,10 +102,12 @@ class Preprocess:
         arrays = self.texts(example, rng)
         if "image" in self.fields:
             arrays["image"] = self.image(example["image"], rng, conversions)
+        if "image_features" in self.fields:
+            arrays["image_features"] = self.image_features(example["image_features"], rng)
         return arrays
 
     def texts(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The arrays of all fields but "image".
+        """The arrays of all fields but those of the image.
 
         Raises:
           BadSample: no caption has a word, or the instruction has none and is needed.
@@ -128,7 +132,7 @@ class Preprocess:
             arrays["instruction_ids"], arrays["instruction_mask"] = row
         if "image_id" in self.fields:
             arrays["image_id"] = _folded(example["image_id"])
-        return {field: arrays[field] for field in self.fields if field != "image"}
+        return {field: arrays[field] for field in self.fields if field not in OF_IMAGES}
 
     def image(
         self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
@@ -150,6 +154,16 @@ class Preprocess:
             conversions,
         )
         return images.randaugment(image, rng) if self.randaugment else image
+
+    def image_features(
+        self, views: Sequence[np.ndarray], rng: np.random.Generator
+    ) -> BFloat16[np.ndarray, "tokens width"]:
+        """Those of one of an image's views.
+
+        Raises:
+          BadSample: it has none.
+        """
+        return views[int(rng.integers(len(views)))]
 
     def prompts(self, example: dict[str, Any]) -> tuple[list[str], str]:
         """What may stand before its captions, and the instruction, where either reads that.

@@ -9,22 +9,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from jaxblip.data.choices import COLUMNS
 from jaxblip.data.json_text import shown_json
 from jaxblip.data.samples import BadSample
 from jaxblip.data.storage import join, phrase, read_bytes, shown
 from jaxblip.errors import UserError
 
-# What an example is made of, and the columns that hold it where no field map names another. A
-# column of the first name of two holds a list, one of the second a single text.
-COLUMNS = {
-    "image": ("image",),
-    "captions": ("captions", "caption"),
-    "question": ("question",),
-    "answers": ("answers", "answer"),
-    "instruction": ("instruction",),
-    "output": ("outputs", "output"),
-    "image_id": ("id",),
-}
+# What evaluation knows of an example beside the above, where a row has it.
+FACTS = ("question_id", "question_type", "answer_type", "domain")
 # An instruction or None, and the texts that belong to it. The first that a row has in full counts.
 _FORMS = (("question", "answers"), ("instruction", "output"), (None, "captions"))
 _FIRST_ROWS = 10  # of which one must be an example
@@ -101,6 +93,7 @@ class RowSource:
         if self.has_instructions:  # of a row without one it is empty, and so a bad sample
             example.setdefault("instruction", "")
         example["image_id"] = image_id(row, self._columns)
+        example |= facts_of(row, self._columns)
         if self._images:
             image = _value(row, self._columns, "image")
             try:
@@ -207,6 +200,12 @@ def texts_of(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> 
     if instruction is not None:
         example["instruction"] = _encodable(_value(row, columns, instruction))
     return example
+
+
+def facts_of(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Those of `FACTS` that a row has: numbers and texts."""
+    found = {name: _value(row, columns, name) for name in FACTS}
+    return {name: value for name, value in found.items() if isinstance(value, int | str)}
 
 
 def image_id(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> int:

@@ -56,7 +56,7 @@ def open_source(
     Args:
       spec: see above.
       image_size_px: side of the images that a procedural source draws.
-      fields: example field -> column, where the columns have other names, see `rows.COLUMNS`.
+      fields: example field -> column, where the columns have other names, see `choices.COLUMNS`.
       image_folder: that the paths of images are relative to; the file's own by default.
 
     Raises:

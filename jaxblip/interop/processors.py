@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxblip.data.images import INTERPOLATIONS
+from jaxblip.data.choices import INTERPOLATIONS
 from jaxblip.errors import UserError
 
 # Where transformers has the settings: version 5 within the processor's file, before beside it.
@@ -23,7 +23,7 @@ _COMMON = {
     "do_rescale": True,
     "do_normalize": True,
     "rescale_factor": 1 / 255,
-    "resample": int(INTERPOLATIONS["bicubic"]),
+    "resample": INTERPOLATIONS["bicubic"],
     "crop_size": None,
 }
 # What a file leaves out, by its class; a size that is one number means the side that is named here.
@@ -49,8 +49,8 @@ class ImageProcessing:
 
     Attributes:
       size_px: side of the square that comes out.
-      resize: how the image becomes a square, of `images.RESIZES`.
-      interpolation: the filter, of `images.INTERPOLATIONS`.
+      resize: how the image becomes a square, of `choices.RESIZES`.
+      interpolation: the filter, of `choices.INTERPOLATIONS`.
       mean: of red, green and blue, from 0 to 1.
       std: likewise; normalized pixels are `(pixel / 255 - mean) / std`.
     """
@@ -90,7 +90,7 @@ class ImageProcessing:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": self.size_px} if crops else square,
-            "resample": int(INTERPOLATIONS[self.interpolation]),
+            "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": crops,
             **({"crop_size": square} if crops else {}),
             "do_rescale": True,
@@ -157,7 +157,7 @@ def image_processing(hf: Mapping[str, Any]) -> ImageProcessing:
     crop = fields["crop_size"] or size_px
     if fields["do_center_crop"] and crop not in (size_px, _square(size_px)):
         _refuse(fields, "crop_size", f"images must keep the {size_px} px of their resizing")
-    filters = {int(code): name for name, code in INTERPOLATIONS.items()}
+    filters = {code: name for name, code in INTERPOLATIONS.items()}
     if fields["resample"] not in filters:
         _refuse(fields, "resample", f"it must be one of {filters}")
     mean, std = (0.0,) * 3, (1.0,) * 3

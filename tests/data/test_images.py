@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxblip.data import images
+from jaxblip.data.choices import INTERPOLATIONS
 from jaxblip.data.decode import decode_image
 from jaxblip.data.samples import BadSample
 from photos import jpeg, texture
@@ -92,7 +93,7 @@ def assert_close(ours, theirs):
     assert difference.mean() <= 1 and np.quantile(difference, 0.999) <= 2
 
 
-@pytest.mark.parametrize("interpolation", images.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize(
     ("shape", "size_px"), [((24, 40), 32), ((160, 213), 48), ((480, 640), 224), ((700, 900), 48)]
@@ -189,7 +190,7 @@ def test_a_gigantic_jpeg_is_refused_by_its_header():
     assert caught.value.reason == "gigantic image"
 
 
-@pytest.mark.parametrize("interpolation", images.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_random_crop_is_crop_then_resize(interpolation):
     pixels, scale, aspect = photo(60, 80), (0.5, 1.0), (3 / 4, 4 / 3)
     for seed in range(5):
