@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
@@ -15,19 +14,23 @@ from peers.stage1 import Stage1
 class TorchStep:
     """The same work as `workloads.OurStep`: forward, backward, update.
 
-    On a GPU under bf16 autocast and `torch.compile`, with frozen parameters in bf16; on a CPU in
-    float32, eager, with as many threads as there are cores.
+    On a GPU by `torch.compile`; on a CPU eager, with as many threads as there are cores.
+
+    Args:
+      bfloat16: under autocast, with frozen parameters in bfloat16; else all in float32.
     """
 
-    def __init__(self, config: ConfigDict, batch: dict):
+    def __init__(self, config: ConfigDict, batch: dict, bfloat16: bool):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._autocast = torch.autocast(self._device, torch.bfloat16, enabled=bfloat16)
         torch.set_num_threads(os.cpu_count())
         torch.manual_seed(0)
         self._model = _model(config).to(self._device).train()
-        if self._device == "cuda":
+        if bfloat16:
             for parameter in self._model.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
+        if self._device == "cuda":
             self._model = torch.compile(self._model)
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -43,15 +46,13 @@ class TorchStep:
 
     def __call__(self) -> None:
         """One step, finished."""
-        on_gpu = self._device == "cuda"
-        autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
         self._optimizer.zero_grad(set_to_none=True)
-        with autocast:
+        with self._autocast:
             output = self._model(**self._inputs)
             loss = output if isinstance(output, torch.Tensor) else output.loss
         loss.backward()
         self._optimizer.step()
-        if on_gpu:
+        if self._device == "cuda":
             torch.cuda.synchronize()
 
 
