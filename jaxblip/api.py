@@ -23,7 +23,15 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxblip.data import inputs, run_sources
 from jaxblip.data.images import resize_square
-from jaxblip.data.text import INSTRUCTION, clean_caption, clean_question, fill_prompt
+from jaxblip.data.text import (
+    ANSWER_DECODING,
+    INSTRUCTION,
+    QUESTION,
+    QUESTION_FOR_ENCODER,
+    clean_caption,
+    clean_question,
+    fill_prompt,
+)
 from jaxblip.data.user_images import ImageLike, list_images, read_image
 from jaxblip.decoding.image_to_text import batch_bucket
 from jaxblip.decoding.make import make_image_to_text
@@ -44,10 +52,6 @@ ABILITIES = {
     "language_model": (),
 }
 
-# BLIP-2's prompts for questions (arXiv 2301.12597, section 4.2), and how LAVIS decodes the answer.
-QUESTION = "Question: {} Answer:"
-QUESTION_FOR_ENCODER = "Question: {} Short answer:"
-ANSWER_DECODING = {"max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0}
 # What InstructBLIP is asked for captions (arXiv 2305.06500, appendix).
 CAPTION_INSTRUCTION = "A short image description."
 

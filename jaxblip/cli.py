@@ -34,11 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in _by_options(str(error), options).splitlines():
             print(f"jaxblip: error: {line}", file=sys.stderr)
-        return 1 if isinstance(error, RunStopped) else 2
+        return _failed(options, 1 if isinstance(error, RunStopped) else 2)
     except KeyboardInterrupt:
         print("jaxblip: interrupted", file=sys.stderr)
-        return 130
+        return _failed(options, 130)
     return 0
+
+
+def _failed(options: argparse.Namespace, status: int) -> int:
+    """The exit status, unless this is one of several processes, which ends here."""
+    if options.run in (_train, _cache_features):
+        from jaxblip.runtime import leave_peers
+
+        leave_peers(status)
+    return status
 
 
 def _without_beam(
@@ -86,7 +95,7 @@ def _by_options(message: str, options: argparse.Namespace) -> str:
 def _check_options(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Ends with a hint at what is meant, where argparse would miss something else."""
     known = verb._option_string_actions
-    takes_fields = verb.get_default("run") in (_train, _evaluate, _generate)
+    takes_fields = verb.get_default("run") in (_train, _evaluate, _generate, _cache_features)
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         name, equals, _ = argument.partition("=")
         has_value = bool(equals) or not following.startswith("--")
@@ -185,6 +194,19 @@ def _parser() -> tuple[
     verb = add("prepare", _prepare, "a source into a TFDS data set", help_texts.PREPARE, to=data)
     _add_preparation(verb)
 
+    verb = add(
+        "cache-features", _cache_features, "image features, computed once",
+        help_texts.CACHE_FEATURES, to=data,
+    )  # fmt: skip
+    verb.add_argument("--config", required=True, metavar="FILE", help="of a training, as FILE.py")
+    verb.add_argument("--to", required=True, metavar="DIR", help="the folder that is written")
+    verb.add_argument(
+        "--views", type=int, default=1, metavar="N", help="random views of each image (default: 1)"
+    )
+    verb.add_argument(
+        "--shard-mb", type=float, default=1000.0, metavar="MB", help="size of a shard (1000)"
+    )
+
     verb = add("demo", _demo, "train a small BLIP-2 from nothing", help_texts.DEMO)
     verb.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     verb.add_argument("--quick", action="store_true", help="a few steps of each run: does it work?")
@@ -274,23 +296,31 @@ def _add_preparation(verb: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.config import load_config
+    from jaxblip.runtime import join_peers, keep_compilations
     from jaxblip.training.loop import train
 
-    train(load_config(options.config, overrides), options.workdir)
+    config = load_config(options.config, overrides)
+    join_peers()
+    keep_compilations()
+    train(config, options.workdir)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.evaluation.verbs import evaluate
+    from jaxblip.runtime import keep_compilations
     from jaxblip.training.restore import check_overrides
 
+    keep_compilations()
     check_overrides(options.workdir, overrides, options.step, by="evaluation")
     evaluate(options.workdir, overrides, options.step)
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
     from jaxblip.evaluation.verbs import generate, stream
+    from jaxblip.runtime import keep_compilations
     from jaxblip.training.restore import check_overrides
 
+    keep_compilations()
     check_overrides(options.checkpoint, overrides, options.step, by="generation")
     other = ("verb", "run", "checkpoint", "image", "step", "stream")
     settings = {name: value for name, value in vars(options).items() if name not in other}
@@ -377,6 +407,17 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
 
     for line in describe(prepare(settings, options.to, engine), options.to):
         print(line)
+
+
+def _cache_features(options: argparse.Namespace, overrides: list[str]) -> None:
+    from jaxblip.config import load_config
+    from jaxblip.runtime import join_peers, keep_compilations
+    from jaxblip.training.cache_features import cache_features
+
+    config = load_config(options.config, overrides)
+    join_peers()
+    keep_compilations()
+    cache_features(config, options.to, options.views, options.shard_mb)
 
 
 def _fields(pairs: Sequence[str]) -> dict[str, str]:

@@ -19,15 +19,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxblip.data.choices import COLUMNS
 from jaxblip.data.mixture import WEIGHT, check_section
-from jaxblip.data.rows import COLUMNS
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
 from jaxblip.models.language_models import config_class
 from jaxblip.models.med import MedConfig
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
-from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS, TASKS
+from jaxblip.tasks import BLIP_TASKS, FROM_FEATURES, STAGE2_TASKS, TASKS
 from jaxblip.tasks.base import PIXEL_MEAN, PIXEL_STD
 from jaxblip.tasks.parts import language_model_config, language_model_section, model_fields
 
@@ -98,6 +98,10 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     data.image_folder = ""  # that the paths in a source are relative to; "" = the source's own
     # The column of each example field, where it has another name than in docs/data.md
     data.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
+    if task in FROM_FEATURES:
+        # folder that `jaxblip data cache-features` wrote: the image encoder's output for the images
+        # of the source, which are not read then; "" = images
+        data.features = ""
     # Several sources: name -> a section with its own fields of config.data, and a weight if not 1,
     # such as --config.data.mixture.coco.train=coco.json; see docs/data.md
     data.mixture = ConfigDict()
@@ -267,6 +271,10 @@ def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
         loss.itc_label_smoothing = 0.0  # share of the target that is uniform over the batch
         loss.gradient_to_all = False  # BLIP: the side that is compared with has no gradient
         loss.use_image_id = True  # captions of one image are never each other's negatives
+    if task in ("blip_retrieval", "clip", "stage1"):
+        # Texts that are compared with all images of the batch at a time, and once more in the
+        # backward pass, for batches of which not even all scores fit; 0 = all texts at once
+        loss.itc_block_size = 0
     if task in ("blip_caption", "blip_vqa"):
         loss.label_smoothing = 0.1  # share of the target that is uniform over the words
     return loss

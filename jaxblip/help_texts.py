@@ -110,6 +110,20 @@ Examples:
   jaxblip data prepare pairs.parquet --to=gs://bucket/pairs --runner=FlinkRunner --flink_master=HOST
 """
 
+CACHE_FEATURES = f"""\
+Encodes each image that a config trains on once, with its frozen image encoder, and writes what the
+encoder gives as bfloat16. A training (stage1, stage2, instruct) with --config.data.features=DIR
+reads that in place of the images and skips the encoder in each step; texts still come from
+config.data.train. It needs preprocessing in which nothing is random, or --views=N for N random
+views of each image, of which training draws one each time. Killed at any moment and started again,
+it goes on where it was.
+
+{OVERRIDES}
+Example:
+  jaxblip data cache-features --config=configs/demo/stage1.py --to=features
+  jaxblip train --config=configs/demo/stage1.py --workdir=runs/fast --config.data.features=features
+"""
+
 DEMO = """\
 Trains a small BLIP-2 from nothing on a procedural data set, on the CPU, in four runs (image
 encoder, language model, stage 1, stage 2), evaluates it on compositions that it has never seen,

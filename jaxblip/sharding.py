@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -66,6 +68,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       UserError: when an axis is unknown, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    shape = list(mesh_sizes(sizes, len(devices)).values())
+    # Splitting a physical axis lets e.g. 64 x 4 run on a 16 x 16 TPU slice.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
+
+
+def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The size of each axis of a mesh over `count` devices: `make_mesh` before it has devices."""
     shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if unknown := sorted(set(sizes) - set(AXES)):
         raise UserError(f"Mesh axis {unknown[0]!r} does not exist: the axes are {', '.join(AXES)}.")
@@ -75,17 +85,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise UserError(
             f"The mesh ({shown}) needs positive sizes, at most one of them -1 for the rest."
         )
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if -1 in shape or math.prod(shape) != len(devices):
+    if -1 in shape and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if -1 in shape or math.prod(shape) != count:
         raise UserError(
-            f"The mesh ({shown}) does not fit {len(devices)} device(s): its sizes multiply to "
+            f"The mesh ({shown}) does not fit {count} device(s): its sizes multiply to "
             f"{known}{' times the rest' if -1 in shape else ''}. Choose sizes whose product is "
-            f"{len(devices)}, or -1 for one axis."
+            f"{count}, or -1 for one axis."
         )
-    # Splitting a physical axis lets e.g. 64 x 4 run on a 16 x 16 TPU slice.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES)
+    return dict(zip(AXES, shape, strict=True))
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -132,6 +140,30 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch are split over `data` and `fsdp` and repeated along `tensor`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def rows_stay_split(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """While a model is traced inside, its activations keep the rows of `batch_sharding`.
+
+    Left to itself, the compiler may follow `fsdp` from the parameters into the activations: each
+    device then holds all rows and a slice of the width, and every product is summed over all
+    devices while they wait. With the rows in place it must gather the parameters, one layer ahead
+    of its use. The activations are held at the norms, of which every block has one at its
+    beginning or end; in between their places follow.
+    """
+    places = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def keep(x: Any) -> Any:
+        # [rows, length, width]; other arrays, such as a table of queries, have no rows.
+        has_rows = isinstance(x, jax.Array) and x.ndim == 3 and x.shape[0] % batch_shards(mesh) == 0
+        return jax.lax.with_sharding_constraint(x, places) if has_rows else x
+
+    def keep_at_norms(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if context.method_name == "__call__" and (context.module.name or "").endswith("norm"):
+            return keep(method(*map(keep, args), **kwargs))
+        return method(*args, **kwargs)
+
+    return nn.intercept_methods(keep_at_norms)
 
 
 def batch_shards(mesh: Mesh) -> int:

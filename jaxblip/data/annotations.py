@@ -1,4 +1,4 @@
-"""Annotation files of COCO captions, Karpathy's splits, VQA v2 and LLaVA, one row an example."""
+"""Annotation files of COCO captions, Karpathy's splits, VQA v2, GQA, LLaVA, one row an example."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxblip.data.samples import BadSample, LeftOut
 from jaxblip.errors import UserError
 
 T = TypeVar("T")
+_TYPES = ("question_type", "answer_type")  # of VQA v2, by which its accuracy is divided
 
 
 class AnnotationRows:
@@ -24,6 +25,7 @@ class AnnotationRows:
       splits, `{"images": [{"filename", "split", "sentences"}]}`: an image with all its captions.
     - LAVIS, `[{"image", "caption", "image_id"}]`: an entry.
     - VQA v2, questions with the annotations as the second file: a question with its ten answers.
+    - GQA, `{"00001": {"imageId", "question", "answer"}}`: a question with its answer.
     - LLaVA, `[{"id", "image", "conversations": [{"from", "value"}]}]`, or ShareGPT: an answer, its
       instruction all that was said before, see `conversations.Answer`.
 
@@ -95,6 +97,8 @@ def _rows(
         form, make = "COCO captions", lambda: _coco(first, left_out)
     elif isinstance(first, dict) and "images" in first:
         form, make = "Karpathy's", lambda: _karpathy(first, split)
+    elif isinstance(first, dict) and "imageId" in (next(iter(first.values()), None) or ()):
+        form, make = "GQA", lambda: _each(list(first.items()), "the object", _gqa)
     elif isinstance(first, dict) and "questions" in first:
         raise UserError(
             f"{names} has questions without answers: name the annotations as well, as "
@@ -103,7 +107,7 @@ def _rows(
     else:
         raise UserError(
             f"{names} is in none of the forms that are known: COCO captions, Karpathy's splits, "
-            "VQA v2, LLaVA conversations, or a list of objects with image and caption."
+            "VQA v2, GQA, LLaVA conversations, or a list of objects with image and caption."
         )
     if split and form != "Karpathy's":
         raise UserError(f"{names}, read as {form}, has no splits: leave out :{split}.")
@@ -154,6 +158,8 @@ def _coco(document: dict[str, Any], left_out: LeftOut) -> list[dict[str, Any]]:
             left_out.add("images with the id of another", f"id {key}")
         elif key in captions:
             rows[key] = {"image": image["file_name"], "captions": captions[key], "id": key}
+            if "domain" in image:  # NoCaps
+                rows[key]["domain"] = image["domain"]
         else:
             left_out.add("images without captions", f"id {key}")
 
@@ -192,7 +198,10 @@ def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, 
         if key in answers_of:
             left_out.add("annotations of a question that has one", f"question {key}")
         else:
-            answers_of[key] = [answer["answer"] for answer in annotation["answers"]]
+            answers_of[key] = {
+                "answers": [answer["answer"] for answer in annotation["answers"]],
+                **{name: annotation[name] for name in _TYPES if name in annotation},
+            }
 
     def row(question):
         key, image = question["question_id"], question["image_id"]
@@ -201,9 +210,9 @@ def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, 
         return {
             "image": f"COCO_{subset}_{image:012d}.jpg",
             "question": question["question"],
-            "answers": answers_of[key],
             "id": image,
             "question_id": key,
+            **answers_of[key],
         }
 
     _each(annotations["annotations"], '"annotations"', add_answers)
@@ -213,6 +222,15 @@ def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, 
         if key not in asked:
             left_out.add("annotations without a question", f"question {key}")
     return rows
+
+
+def _gqa(question: tuple[str, Any]) -> dict[str, Any]:
+    key, entry = question
+    row = {"image": f"{entry['imageId']}.jpg", "question": entry["question"], "question_id": key}
+    row |= {"answer": entry["answer"], "id": entry["imageId"]}
+    if "types" in entry:
+        row["question_type"] = entry["types"]["structural"]
+    return row
 
 
 def _llava(entries: list[Any], left_out: LeftOut) -> list[Answer]:

@@ -104,9 +104,12 @@ def crop_box(
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of one random crop; see `random_resized_crop`."""
+    """(left, top, right, bottom) of one random crop; see `random_resized_crop`.
+
+    Of the whole area there is only the largest central one, and nothing is drawn.
+    """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
-    for _ in range(10):
+    for _ in range(10 if tuple(scale) != (1, 1) else 0):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(*log_aspect))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

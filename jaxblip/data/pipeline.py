@@ -107,6 +107,9 @@ class _Row:
         if "image" in preprocess.fields:
             image = self._example["image"]
             self.arrays["image"] = preprocess.image(image, self._rng, self._conversions)
+        if "image_features" in preprocess.fields:
+            views = self._example["image_features"]
+            self.arrays["image_features"] = preprocess.image_features(views, self._rng)
 
     def find(self) -> None:
         """All stages from the beginning; a bad example is counted, and another drawn in its place.
@@ -212,6 +215,38 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def made_ahead(
+    dataset: grain.MapDataset, num_workers: int, prefetch: int = 2
+) -> grain.DatasetIterator:
+    """What is in a data set, in its order; `close()` ends what makes it.
+
+    Args:
+      num_workers: processes that make it; 0 for threads of this one.
+      prefetch: elements made ahead (by each worker).
+
+    Raises:
+      RuntimeError: from `next`, when a worker dies (`is_death`).
+    """
+    threads = min(2, prefetch)
+    elements = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    )
+    if num_workers:
+        # Grain's workers read absl flags, which only absl's own `app.run` parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(
+            num_workers=num_workers, per_worker_buffer_size=prefetch
+        )
+        elements = elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
+    return iter(elements)
+
+
+def is_death(error: RuntimeError) -> bool:
+    """Whether it says that a worker process has died."""
+    return _DEATH in str(error)
 
 
 def _shuffled(size: int, block: int, seed: int) -> grain.MapDataset:
@@ -352,30 +387,17 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def _start(self) -> grain.DatasetIterator:
         """Batches from the position on."""
         index, count = self._process
-        threads = min(2, self._prefetch)
-        dataset = (
-            self._draws[self.examples_seen :][index::count]
-            .batch(self._batch_size // count, drop_remainder=True, batch_fn=_MakeBatch(self._parts))
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-            )
+        dataset = self._draws[self.examples_seen :][index::count].batch(
+            self._batch_size // count, drop_remainder=True, batch_fn=_MakeBatch(self._parts)
         )
-        if self._num_workers:
-            # Grain's workers read absl flags, which only absl's own `app.run` parses.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(
-                num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
-            )
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
-        return iter(dataset)
+        return made_ahead(dataset, self._num_workers, self._prefetch)
 
     def _next_batch(self) -> dict[str, Any]:
         for _ in range(_MAX_DEATHS):
             try:
                 return next(self._iterator)
             except RuntimeError as error:
-                if _DEATH not in str(error):
+                if not is_death(error):
                     raise
                 self.restarts += 1
                 self._iterator.close()

@@ -17,6 +17,7 @@ SKIP_REASONS = (
     "truncated image",
     "gigantic image",
     "unsupported image",
+    "no features",
     "empty caption",
     "empty instruction",
 )
@@ -78,7 +79,8 @@ class Source(Protocol):
     repeats are weights. `__getitem__` raises `BadSample` for an example that cannot be read.
 
     An example may also have "instruction": str, a question or what else the captions answer. Where
-    all have one, `has_instructions` is True.
+    all have one, `has_instructions` is True. What evaluation groups it by, or hands in with its
+    answer, may stand beside that: `rows.FACTS`.
 
     A source may also have `without_images()`, which returns a copy of itself whose examples lack
     "image": what runs on text alone asks for it; `place(index)`, which says where an example

@@ -6,6 +6,10 @@ import re
 import unicodedata
 
 INSTRUCTION = "{}"  # its place in a prompt
+# BLIP-2's prompts for questions (arXiv 2301.12597, section 4.2), and how LAVIS decodes the answer.
+QUESTION = "Question: {} Answer:"
+QUESTION_FOR_ENCODER = "Question: {} Short answer:"
+ANSWER_DECODING = {"max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": -1.0}
 _PUNCTUATION = '.!"()*#:;~'
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _TO_NOTHING = str.maketrans("", "", _PUNCTUATION)

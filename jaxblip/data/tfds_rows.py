@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import bisect
 import difflib
-import functools
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from jaxblip.data import storage
-from jaxblip.data.rows import COLUMNS
+from jaxblip.data.array_records import ArrayRecords
+from jaxblip.data.choices import COLUMNS
 from jaxblip.data.samples import BadSample
 from jaxblip.errors import UserError
 
 _FILES = ("dataset_info.json", "features.json")  # of every data set that TFDS has prepared
-_OPEN_SHARDS = 256  # that a worker keeps open; many systems allow 1024 files
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -50,35 +46,27 @@ class TfdsRows:
     """
 
     def __init__(self, folder: str, split: str, columns: Mapping[str, tuple[str, ...]]):
-        self.folder = self._data_set = os.path.abspath(folder)
+        self.folder = os.path.abspath(folder)
         info = _info(folder)
         instructions = _instructions(info, split, folder)
         features = dict(_leaves(info.features))
         _check_names(columns, features, folder)
         self._binary = _binary(features, columns["image"])
         self._parser = _parser(info.features)
-        # Of each shard its name, its first record and the number of rows up to its last one.
-        self._shards = [os.path.relpath(each.filename, folder) for each in instructions]
-        self._firsts = [each.skip for each in instructions]
-        self._ends = list(itertools.accumulate(each.take for each in instructions))
-        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
-        with ThreadPoolExecutor(16) as threads:  # on storage far away each takes a while
-            sizes = [each.examples_in_shard for each in instructions]
-            found = list(threads.map(self._problem, range(len(sizes)), sizes))
-        self.problems = []
-        if bad := [problem for problem in found if problem]:
-            self.problems = [f"{len(bad)} of {len(found)} shards are bad, such as {bad[0]}"]
-        if len(bad) == len(found):
-            raise UserError(f"{self.problems[0]}: prepare the data set again.")
+        self._records = ArrayRecords(
+            folder,
+            [os.path.relpath(each.filename, folder) for each in instructions],
+            [each.take for each in instructions],
+            [each.skip for each in instructions],
+        )
+        sizes = [each.examples_in_shard for each in instructions]
+        self.problems = self._records.problems(sizes, "prepare the data set again")
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            record = storage.retry(lambda: self._read(index))
-        except OSError as error:
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
+        record = self._records[index]
         try:
             example = self._parser.parse_example(record)
         except Exception as error:  # parsers raise nearly anything on hostile bytes
@@ -86,68 +74,7 @@ class TfdsRows:
         return {name: _plain(value, name not in self._binary) for name, value in _flatten(example)}
 
     def place(self, index: int) -> str:
-        shard, record = self._at(index)
-        return f"{self._path(shard)}, record {record}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
-
-    def _at(self, index: int) -> tuple[int, int]:
-        """Shard and record of a row."""
-        shard = bisect.bisect_right(self._ends, index)
-        start = self._ends[shard - 1] if shard else 0
-        return shard, self._firsts[shard] + int(index) - start
-
-    def _path(self, shard: int) -> str:
-        return os.path.normpath(os.path.join(self._data_set, self._shards[shard]))
-
-    def _read(self, index: int) -> bytes:
-        """The record of a row.
-
-        Raises:
-          OSError: of the storage, which may pass.
-          BadSample: the file is damaged.
-        """
-        shard, position = self._at(index)
-        try:
-            [record] = self._reader(shard).read([position])
-        except RuntimeError as error:
-            if "() failed: " in str(error):  # a system call, of which Riegeli says the name
-                self._reader.cache_clear()
-                raise OSError(str(error)) from error
-            raise BadSample("unreadable row", f"{self.place(index)}: {error}") from error
-        if not record:  # what the reader gives behind the end of a file that has become shorter
-            raise BadSample("truncated shard", self.place(index))
-        return record
-
-    def _open(self, shard: int):
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        path = self._path(shard)
-        try:
-            os.stat(path)  # raises where it is missing, of which the reader says nothing
-        except ValueError as error:  # a zero byte in the name
-            raise FileNotFoundError(str(error)) from error
-        reader = ArrayRecordReader(
-            path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15
-        )
-        if not reader.ok():
-            raise BadSample("truncated shard", f"{path}, which is damaged or cut off")
-        return reader
-
-    def _problem(self, shard: int, size: int) -> str:
-        """What is wrong with a shard of so many records; "" for nothing."""
-        try:
-            found = self._open(shard).num_records()
-        except OSError as error:
-            return f"{self._path(shard)} ({error.strerror or error})"
-        except BadSample as bad:
-            return bad.detail
-        return "" if found == size else f"{self._path(shard)} of {found} records, not {size}"
+        return self._records.place(index)
 
 
 def open_tfds(spec: str, columns: Mapping[str, tuple[str, ...]]) -> TfdsRows:

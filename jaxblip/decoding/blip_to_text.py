@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from jaxblip.data.text import clean_question
 from jaxblip.decoding.cross_attending import (
     ReadSource,
-    generate_from_source,
+    decode_source,
     image_source,
+    prefill_source,
     question_source,
     source_log_likelihoods,
 )
@@ -31,9 +32,13 @@ class BlipToText(ImageToText):
     def _read_rows(self, params, features, index, prompt_ids, prompt_valid) -> ReadSource:
         return image_source(self.task.model, features[index], prompt_ids, prompt_valid)
 
-    def _generated(self, params, features, index, prompt_ids, prompt_valid, seeds, *, config):
+    def _prefilled(self, params, features, index, prompt_ids, prompt_valid, **room):
         read = self._read_rows(params, features, index, prompt_ids, prompt_valid)
-        return generate_from_source(self.task.model, params, read, config, random_key(seeds))
+        return prefill_source(self.task.model, params, read, **room)
+
+    def _decoded(self, params, logits, state, said, seeds, *, config):
+        rng = random_key(seeds)
+        return decode_source(self.task.model, params, logits, state, config, rng, said)
 
     def _scored(self, params, read, ids, valid):
         return source_log_likelihoods(self.task.model, params, read, ids, valid)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.causal import reordered
+from jaxblip.decoding.beam_cache import BeamCache
 from jaxblip.decoding.ranking import token_scores
 from jaxblip.decoding.search import DecodingConfig, run_search
 from jaxblip.errors import UserError
@@ -57,7 +57,7 @@ def generate_captions(
     if prompt_valid is None:
         prompt_valid = jnp.ones(prompt_ids.shape, bool)
     read = image_source(model, features, prompt_ids, prompt_valid)
-    return generate_from_source(model, params, read, config, rng)
+    return _generate(model, params, read, config, rng)
 
 
 def generate_answers(
@@ -91,7 +91,7 @@ def generate_answers(
     read = question_source(model, params, features, question_ids, question_valid)
     if attend_to_padding:
         read = read.replace(valid=None)
-    return generate_from_source(model, params, read, config, rng)
+    return _generate(model, params, read, config, rng)
 
 
 @flax.struct.dataclass
@@ -147,30 +147,45 @@ def question_source(
     return ReadSource(question, question_valid, start_ids, jnp.ones(start_ids.shape, bool))
 
 
-def generate_from_source(
+def prefill_source(
     model: BlipCaptioner | BlipQuestionAnswering,
     params: Any,
     read: ReadSource,
-    config: DecodingConfig,
-    rng: jax.Array | None = None,
-) -> Int[Array, "batch new"]:
-    """A text of each row, by the search that `config` asks for; result as of `generate_captions`.
+    max_new_tokens: int,
+    num_beams: int = 1,
+) -> tuple[Float[Array, "batch vocab"], CrossAttendingState, Int[Array, "batch prompt"]]:
+    """Reads source and prompt, once for all beams of a row.
 
     Args:
       params: of the model.
+
+    Returns:
+      Scores, state and said ids, from which `decode_source` goes on.
     """
-    decoder = _decoder(model, params)
-    logits, state = decoder.prefill(
-        read.features,
-        read.valid,
-        read.prompt_ids,
-        read.prompt_valid,
-        config.max_new_tokens,
-        copies=config.num_beams,
-    )
+    inputs = read.features, read.valid, read.prompt_ids, read.prompt_valid
+    logits, state = _decoder(model, params).prefill(*inputs, max_new_tokens, num_beams)
     # In transformers, too, the prompt counts as said when repetitions are penalized.
-    said = jnp.where(read.prompt_valid, read.prompt_ids, -1)
-    return run_search(decoder, logits, state, config, rng=rng, prompt_ids=said)
+    return logits, state, jnp.where(read.prompt_valid, read.prompt_ids, -1)
+
+
+def decode_source(
+    model: BlipCaptioner | BlipQuestionAnswering,
+    params: Any,
+    logits: Float[Array, "batch vocab"],
+    state: CrossAttendingState,
+    config: DecodingConfig,
+    rng: jax.Array | None,
+    said_ids: Int[Array, "batch prompt"],
+) -> tuple[Int[Array, "batch new"], CrossAttendingState]:
+    """A text of each row, as `generation.decode`."""
+    decoder = _decoder(model, params)
+    return run_search(decoder, logits, state, config, rng=rng, prompt_ids=said_ids)
+
+
+def _generate(model, params, read, config, rng):
+    room = config.max_new_tokens, config.num_beams
+    logits, state, said = prefill_source(model, params, read, *room)
+    return decode_source(model, params, logits, state, config, rng, said)[0]
 
 
 def source_log_likelihoods(
@@ -227,25 +242,14 @@ class CrossAttendingState:
     """What the decoder remembers of each row, and the sources that its rows look at.
 
     Attributes:
-      cache: of prompt and new tokens, `[layers, rows, prompt + new - 1, heads, head_width]`: the
-        last new token is never read.
-      prompt_valid: which of the cache's first positions count.
+      text: prompt and new tokens.
       source: `[layers, batch, tokens, heads, head_width]`; the rows (beams) of a source share it.
       source_valid: None where a source has no padding.
     """
 
-    cache: KeyValues
-    prompt_valid: Bool[Array, "rows prompt"]
+    text: BeamCache
     source: KeyValues
     source_valid: Bool[Array, "batch tokens"] | None
-
-    @property
-    def num_prompt(self) -> int:
-        return self.prompt_valid.shape[1]
-
-    @property
-    def num_new(self) -> int:
-        return self.cache.key.shape[2] - self.num_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,36 +266,34 @@ class CrossAttendingDecoder:
         prompt_ids: Int[Array, "batch prompt"],
         prompt_valid: Bool[Array, "batch prompt"],
         max_new_tokens: int,
-        copies: int = 1,
+        num_beams: int = 1,
     ) -> tuple[Float[Array, "batch vocab"], CrossAttendingState]:
-        """Reads source and prompt once a row; `copies` adjacent rows of state for each.
+        """Reads source and prompt once a row; its beams share what is remembered of them.
 
         Args:
           features: what the decoder looks at: an image's tokens, or a question's states.
 
         Returns:
-          The scores of the first new token, and the state of `batch * copies` rows.
+          The scores of the first new token, and the state of `batch * num_beams` rows.
 
         Raises:
           UserError: when prompt and new tokens exceed the model's `max_positions`.
         """
         batch, prompt = prompt_ids.shape
-        room = max_new_tokens - 1  # the last new token is never read
-        length, limit = prompt + room, self.model.config.max_positions
+        # The last new token is never read.
+        length, limit = prompt + max_new_tokens - 1, self.model.config.max_positions
         if length > limit:
             raise UserError(
                 f"decoding max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens needs "
                 f"{length} positions, but the decoder has {limit}: lower max_new_tokens."
             )
-        source = self.read_source(features)
-        cache = empty_cache(self.model.config, batch, length, self.model.dtype)
-        state = CrossAttendingState(cache, prompt_valid, source, source_valid)
+        room = num_beams * max_new_tokens
+        cache = empty_cache(self.model.config, batch, prompt + room, self.model.dtype)
+        text = BeamCache.with_room(cache, prompt_valid, num_beams, max_new_tokens)
+        state = CrossAttendingState(text, self.read_source(features), source_valid)
         mask = jnp.pad(causal_mask(prompt_valid), ((0, 0), (0, 0), (0, 0), (0, room)))
-        hidden, cache = self._read(prompt_ids, token_positions(prompt_valid), mask, state, 0)
-        hidden = last_valid(hidden, prompt_valid)
-        cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache)
-        valid = jnp.repeat(prompt_valid, copies, axis=0)
-        return self._apply("logits", hidden), state.replace(cache=cache, prompt_valid=valid)
+        hidden, state = self._read(prompt_ids, token_positions(prompt_valid), mask, state, 0)
+        return self._apply("logits", last_valid(hidden, prompt_valid)), state
 
     def read_source(self, features: Float[Array, "batch tokens source_width"]) -> KeyValues:
         """Keys and values that all rows of a source look at."""
@@ -301,35 +303,31 @@ class CrossAttendingDecoder:
         self, ids: Int[Array, " rows"], index: Int[Array, ""], state: CrossAttendingState
     ) -> tuple[Float[Array, "rows vocab"], CrossAttendingState]:
         """Reads new token number `index` (from 0) of each row; scores the one after it."""
-        new_valid = jnp.arange(state.num_new) <= index
-        new_valid = jnp.broadcast_to(new_valid, (ids.shape[0], state.num_new))
-        mask = jnp.concatenate([state.prompt_valid, new_valid], axis=1)[:, None, None, :]
-        positions = state.prompt_valid.sum(axis=1, keepdims=True) + index
-        place = state.num_prompt + index
-        hidden, cache = self._read(ids[:, None], positions, mask, state, place)
-        return self._apply("logits", hidden[:, 0]), state.replace(cache=cache)
+        text = state.text.with_token(index)
+        positions, mask, place = text.positions(index), text.mask(index), text.place(index)
+        ids, state = ids.reshape(positions.shape), state.replace(text=text)
+        hidden, state = self._read(ids, positions, mask, state, place)
+        return self._apply("logits", hidden.reshape(ids.size, -1)), state
 
     def reorder(
         self, state: CrossAttendingState, parents: Int[Array, "batch beams"]
     ) -> CrossAttendingState:
-        """The state in which beam j of a row of the batch continues its former beam `parents[j]`.
-
-        Only the new tokens move: the beams of a row share their prompt, and their source.
-        """
-        return state.replace(cache=reordered(state.cache, parents, state.num_prompt))
+        """The state in which beam j of each row continues that row's former beam `parents[j]`."""
+        return state.replace(text=state.text.reordered(parents))
 
     def _read(self, ids, positions, mask, state, place):
-        """Hidden states of the tokens `ids`, which go to `place` of the cache, and the cache."""
-        return self._apply(
+        """Hidden states of the tokens `ids`, which go to `place` of the cache, and the state."""
+        hidden, cache = self._apply(
             "__call__",
             ids,
             mask,
             state.source,
             state.source_valid,
             positions=positions,
-            cache=state.cache,
+            cache=state.text.cache,
             cache_position=place,
         )
+        return hidden, state.replace(text=state.text.replace(cache=cache))
 
     def _apply(self, method, *inputs, **kwargs):
         return self.model.apply({"params": self.params}, *inputs, method=method, **kwargs)

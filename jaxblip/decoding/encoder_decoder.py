@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.causal import reordered
 from jaxblip.models.layers import KeyValues, empty_cache
 
 
@@ -46,16 +45,16 @@ class EncoderDecoder:
         embeddings: Float[Array, "batch input width"],
         valid: Bool[Array, "batch input"],
         max_new_tokens: int,
-        copies: int = 1,
+        num_beams: int = 1,
     ) -> tuple[Float[Array, "batch vocab"], EncoderDecoderState]:
-        """Encodes each row and reads the start token; `copies` adjacent rows of state for each.
+        """Encodes each row and reads the start token once for all its beams.
 
         Args:
           embeddings: what the encoder reads: soft tokens, word embeddings (`embed`), or both.
           valid: False at padding; at least one True a row.
 
         Returns:
-          The scores of the first new token, and the state of `batch * copies` rows.
+          The scores of the first new token, and the state of `batch * num_beams` rows.
         """
         batch = valid.shape[0]
         encoder = self._apply("read_encoder", self._apply("encode", embeddings, valid))
@@ -64,7 +63,7 @@ class EncoderDecoder:
         )
         state = EncoderDecoderState(cache, encoder, valid)
         logits, state = self._read(self.start_ids(batch)[:, 0], 0, state)
-        cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), state.cache)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=1), state.cache)
         return logits, state.replace(cache=cache)
 
     def step(
@@ -77,7 +76,7 @@ class EncoderDecoder:
         self, state: EncoderDecoderState, parents: Int[Array, "batch beams"]
     ) -> EncoderDecoderState:
         """The state in which beam j of each row continues that row's former beam `parents[j]`."""
-        return state.replace(cache=reordered(state.cache, parents))
+        return state.replace(cache=_reordered(state.cache, parents))
 
     def _read(self, ids, place, state):
         """Scores behind the tokens `ids`, which go to `place` of the cache."""
@@ -90,3 +89,20 @@ class EncoderDecoder:
 
     def _apply(self, method, *inputs):
         return self.language_model.apply({"params": self.params}, *inputs, method=method)
+
+
+def _reordered(cache: KeyValues, parents: Int[Array, "batch beams"]) -> KeyValues:
+    """The cache in which beam j of a row of the batch continues its former beam `parents[j]`.
+
+    Args:
+      cache: `[layers, batch * beams, positions, heads, head_width]`.
+    """
+    batch, beams = parents.shape
+
+    def take(cache):
+        grouped = cache.reshape(cache.shape[0], batch, beams, *cache.shape[2:])
+        # Indexing within each row, not over all rows, stays local when the batch is sharded.
+        taken = jnp.take_along_axis(grouped, parents[None, :, :, None, None, None], axis=2)
+        return taken.reshape(cache.shape)
+
+    return jax.tree.map(take, cache)

@@ -1,4 +1,4 @@
-"""Generation by any language model, from embeddings."""
+"""Generation by any language model, from embeddings: the whole, and its two halves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.decoding.causal import CausalDecoder
 from jaxblip.decoding.encoder_decoder import EncoderDecoder
-from jaxblip.decoding.search import DecodingConfig, run_search
+from jaxblip.decoding.search import Decoder, DecodingConfig, run_search
+from jaxblip.models.decoder import DecoderLanguageModel
 
 
 def generate(
@@ -27,7 +28,8 @@ def generate(
 
     A decoder-only model continues them; an encoder-decoder model reads them with its encoder. Pure,
     and compiled once for each shape of the input:
-    `jax.jit(generate, static_argnames=("language_model", "config"))`.
+    `jax.jit(generate, static_argnames=("language_model", "config"))`. Compiled apart, `prefill` and
+    `decode` do the same, without a second copy of the cache.
 
     Args:
       language_model: unbound, of `models.language_models`, or a module with the methods and config
@@ -48,12 +50,71 @@ def generate(
       UserError: when input and new tokens exceed the `max_positions` of a decoder-only model, and
         when sampling is asked for without a random key.
     """
-    kind = EncoderDecoder if language_model.config.is_encoder_decoder else CausalDecoder
-    decoder = kind(language_model, params)
-    logits, state = decoder.prefill(
-        embeddings, valid, config.max_new_tokens, copies=config.num_beams
-    )
-    # In transformers, too, a start token counts as said when repetitions are penalized.
-    said = [ids for ids in (decoder.start_ids(len(valid)), said_ids) if ids is not None]
-    said_ids = jnp.concatenate(said, axis=1) if said else None
+    room = config.max_new_tokens, config.num_beams
+    logits, state = prefill(language_model, params, embeddings, valid, *room)
+    ids, _ = decode(language_model, params, logits, state, config, rng, said_ids)
+    return ids
+
+
+def prefill(
+    language_model: nn.Module,
+    params: Any,
+    embeddings: Float[Array, "batch input width"],
+    valid: Bool[Array, "batch input"],
+    max_new_tokens: int,
+    num_beams: int = 1,
+) -> tuple[Float[Array, "batch vocab"], Any]:
+    """Reads the input, once for all beams of a row; arguments and errors as of `generate`.
+
+    Returns:
+      The scores of the first new token, and the state from which `decode` goes on.
+    """
+    decoder = make_decoder(language_model, params)
+    return decoder.prefill(embeddings, valid, max_new_tokens, num_beams)
+
+
+def decode(
+    language_model: nn.Module,
+    params: Any,
+    logits: Float[Array, "batch vocab"],
+    state: Any,
+    config: DecodingConfig,
+    rng: jax.Array | None = None,
+    said_ids: Int[Array, "batch said"] | None = None,
+) -> tuple[Int[Array, "batch new"], Any]:
+    """All new tokens; arguments, ids and errors as of `generate`.
+
+    Compiled with `donate_argnames="state"`, it writes into the cache that it is given.
+
+    Args:
+      logits, state: of `prefill`, with the `max_new_tokens` and `num_beams` of `config`.
+
+    Returns:
+      The ids, and the last state, for which nobody has a use but the donated one.
+    """
+    decoder = make_decoder(language_model, params)
+    said_ids = all_said(decoder, said_ids, len(logits))
     return run_search(decoder, logits, state, config, rng=rng, prompt_ids=said_ids)
+
+
+def make_decoder(language_model: nn.Module, params: Any, *, many_steps: bool = True) -> Decoder:
+    """A language model as the searches want it.
+
+    Args:
+      many_steps: work that is done once, before the first of them, may cost some time.
+    """
+    if language_model.config.is_encoder_decoder:
+        return EncoderDecoder(language_model, params)
+    by_layer = many_steps and isinstance(language_model, DecoderLanguageModel)
+    if by_layer and jax.default_backend() == "cpu":
+        # Other weights are cast to float32 at each use, which takes longer than copying them.
+        by_layer = all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params["layers"]))
+    return CausalDecoder(language_model, params, by_layer=by_layer)
+
+
+def all_said(
+    decoder: Decoder, said_ids: Int[Array, "batch said"] | None, batch: int
+) -> Int[Array, "batch all_said"] | None:
+    """What a repetition penalty counts; in transformers, too, a start token counts as said."""
+    said = [ids for ids in (decoder.start_ids(batch), said_ids) if ids is not None]
+    return jnp.concatenate(said, axis=1) if said else None

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxblip import sharding
 from jaxblip.data import inputs
-from jaxblip.decoding.generation import generate
+from jaxblip.decoding.generation import decode, prefill
 from jaxblip.decoding.ranking import candidate_log_likelihoods, read_input
 from jaxblip.decoding.search import DecodingConfig
 from jaxblip.decoding.streaming import advance_stream, begin_stream, text_pieces
@@ -79,7 +79,10 @@ class ImageToText:
         jit = partial(jax.jit, compiler_options=compiler_options(mesh))
         self._encode = jit(self._visual_tokens, out_shardings=rows)
         compiled = partial(jit, static_argnames="config")
-        self._generate = compiled(self._generated, out_shardings=self._whole)
+        self._prefill = jit(self._prefilled, static_argnames=("max_new_tokens", "num_beams"))
+        self._decode = compiled(
+            self._decoded, out_shardings=(self._whole, None), donate_argnames="state"
+        )
         self._begin = compiled(self._begun, out_shardings=(self._whole, None))
         self._advance = compiled(
             self._advanced, out_shardings=(self._whole, None), donate_argnames="stream"
@@ -154,14 +157,13 @@ class ImageToText:
           UserError: what `decoding.generate` raises.
         """
         length = self._prompt_length(prompts, config.max_new_tokens)
+        room = dict(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
         texts = []
         for batch in self._batches(images, rows):
-            ids = self._generate(
-                params,
-                *self._row_arrays(params, batch, prompts, length),
-                np.uint32([seed, batch.start]),
-                config=config,
-            )
+            arrays = self._row_arrays(params, batch, prompts, length)
+            read = self._prefill(params, *arrays, **room)
+            seeds = np.uint32([seed, batch.start])
+            ids, _ = self._decode(params, *read, seeds, config=config)
             texts += [self._text(row).strip() for row in np.asarray(ids)[: batch.count].tolist()]
         return texts
 
@@ -267,11 +269,15 @@ class ImageToText:
             return None
         return jnp.where(prompt_valid, prompt_ids, -1)
 
-    def _generated(self, params, visual, index, prompt_ids, prompt_valid, seeds, *, config):
+    def _prefilled(self, params, visual, index, prompt_ids, prompt_valid, **room):
+        """Scores, state and said ids, from which `_decoded` goes on."""
         read = self._input(params, visual, index, prompt_ids, prompt_valid)
-        said, own = self._said(prompt_ids, prompt_valid), params["language_model"]
-        settings = dict(config=config, rng=random_key(seeds), said_ids=said)
-        return generate(self._language_model, own, **read, **settings)
+        logits, state = prefill(self._language_model, params["language_model"], **read, **room)
+        return logits, state, self._said(prompt_ids, prompt_valid)
+
+    def _decoded(self, params, logits, state, said, seeds, *, config):
+        own, rng = params["language_model"], random_key(seeds)
+        return decode(self._language_model, own, logits, state, config, rng, said)
 
     def _begun(self, params, visual, index, prompt_ids, prompt_valid, seeds, *, config):
         read = self._input(params, visual, index, prompt_ids, prompt_valid)

@@ -97,7 +97,7 @@ def run_search(
     *,
     rng: jax.Array | None = None,
     prompt_ids: Int[Array, "batch prompt"] | None = None,
-) -> Int[Array, "batch new"]:
+) -> tuple[Int[Array, "batch new"], Any]:
     """New tokens by the search that `config` asks for; arguments and result as there.
 
     Raises:
@@ -118,7 +118,7 @@ def greedy_search(
     state: Any,
     config: DecodingConfig,
     prompt_ids: Int[Array, "batch prompt"] | None = None,
-) -> Int[Array, "batch new"]:
+) -> tuple[Int[Array, "batch new"], Any]:
     """The most probable token at each step; ends when every row has stopped.
 
     Args:
@@ -128,7 +128,8 @@ def greedy_search(
         negative ones do not count.
 
     Returns:
-      int32 ids, padded behind the stop token.
+      int32 ids, padded behind the stop token; and the decoder's last state, so that a caller can
+      donate the first one.
     """
 
     def most_probable(logits, index):
@@ -144,7 +145,7 @@ def sample_search(
     config: DecodingConfig,
     rng: jax.Array,
     prompt_ids: Int[Array, "batch prompt"] | None = None,
-) -> Int[Array, "batch new"]:
+) -> tuple[Int[Array, "batch new"], Any]:
     """A random sequence for each row, each token drawn by its probability (`sampling_logits`).
 
     Args:
@@ -184,7 +185,7 @@ def _token_by_token(
     config: DecodingConfig,
     prompt_ids: Int[Array, "batch prompt"] | None,
     pick: Callable[[Array, Array], Array],
-) -> Int[Array, "batch new"]:
+) -> tuple[Int[Array, "batch new"], Any]:
     """Extends each row by `pick(scores, index)` until every row has stopped."""
     batch = logits.shape[0]
     ids = jnp.full((batch, config.max_new_tokens), config.pad_token_id, jnp.int32)
@@ -205,8 +206,8 @@ def _token_by_token(
         return choose(ids, stopped, index, logits), state
 
     first = choose(ids, jnp.zeros(batch, bool), jnp.int32(0), logits)
-    (ids, _, _), _ = jax.lax.while_loop(unfinished, advance, (first, state))
-    return ids
+    (ids, _, _), state = jax.lax.while_loop(unfinished, advance, (first, state))
+    return ids, state
 
 
 @flax.struct.dataclass
@@ -248,7 +249,7 @@ def beam_search(
     state: Any,
     config: DecodingConfig,
     prompt_ids: Int[Array, "batch prompt"] | None = None,
-) -> Int[Array, "batch new"]:
+) -> tuple[Int[Array, "batch new"], Any]:
     """The best complete sequence that a search with `config.num_beams` beams finds.
 
     Follows transformers' `generate` with `early_stopping=False`: a row is done when it has
@@ -262,7 +263,7 @@ def beam_search(
       prompt_ids: as in `greedy_search`.
 
     Returns:
-      int32 ids, padded behind the stop token.
+      As `greedy_search`.
 
     Raises:
       UserError: when the vocabulary is too small for so many beams.
@@ -301,8 +302,8 @@ def beam_search(
         logits, state = decoder.step(last, search.index - 1, state)
         return _extend(search, logits.reshape(batch, beams, vocab), config, prompt_ids), state
 
-    search, _ = jax.lax.while_loop(unfinished, advance, (search, state))
-    return search.finished.ids[:, 0]
+    search, state = jax.lax.while_loop(unfinished, advance, (search, state))
+    return search.finished.ids[:, 0], state
 
 
 def _extend(

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxblip.decoding.causal import CausalDecoder
-from jaxblip.decoding.encoder_decoder import EncoderDecoder
+from jaxblip.decoding.generation import all_said, make_decoder
 from jaxblip.decoding.search import DecodingConfig, process_scores, sampling_logits
 from jaxblip.errors import UserError
 
@@ -67,11 +66,10 @@ def begin_stream(
             f"decoding num_beams={config.num_beams} cannot be streamed, since a beam search knows "
             "its first token only at its end: set num_beams to 1."
         )
-    decoder = _decoder(language_model, params)
+    decoder = make_decoder(language_model, params, many_steps=False)
     logits, state = decoder.prefill(embeddings, valid, config.max_new_tokens)
     ids = jnp.full((valid.shape[0], config.max_new_tokens), config.pad_token_id, jnp.int32)
-    said = [ids for ids in (decoder.start_ids(len(valid)), said_ids) if ids is not None]
-    said_ids = jnp.concatenate(said, axis=1) if said else None
+    said_ids = all_said(decoder, said_ids, len(valid))
     return _append(logits, Stream(ids, jnp.int32(0), state, said_ids), config, rng)
 
 
@@ -83,14 +81,9 @@ def advance_stream(
     rng: jax.Array | None = None,
 ) -> Stream:
     """One token more; at most `config.max_new_tokens - 1` times."""
-    decoder = _decoder(language_model, params)
+    decoder = make_decoder(language_model, params, many_steps=False)
     logits, state = decoder.step(stream.last_ids(), stream.index - 1, stream.state)
     return _append(logits, stream.replace(state=state), config, rng)
-
-
-def _decoder(language_model, params):
-    kind = EncoderDecoder if language_model.config.is_encoder_decoder else CausalDecoder
-    return kind(language_model, params)
 
 
 def _append(logits, stream: Stream, config: DecodingConfig, rng) -> Stream:

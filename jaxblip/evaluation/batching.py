@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from jaxblip import sharding
 from jaxblip.errors import UserError
@@ -29,23 +29,26 @@ class RowMap:
                 f"groups: use a multiple of {shards}."
             )
         self.mesh, self.batch_size = mesh, batch_size
-        self._compiled: dict[Callable[..., Array], Callable[..., Array]] = {}
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __call__(
         self,
-        function: Callable[..., Array],
+        function: Callable[..., Any],
         params: Params,
         frozen: Params,
         *arrays: np.ndarray,
         rows: tuple[np.ndarray, ...] | None = None,
-    ) -> np.ndarray:
-        """`function(all_params, *batch)` over all rows, put together again.
+        whole: tuple[Any, ...] = (),
+    ) -> Any:
+        """`function(all_params, *whole, *batch)` over all rows, put together again.
 
         Args:
-          function: gives a row for each row of its batch; compiled once.
+          function: gives a row for each row of its batch, or several arrays of such rows; compiled
+            once.
           params, frozen: both parts of the parameters.
           arrays: what the batches are cut from, along axis 0.
           rows: for each array, the rows to take, in order; by default all.
+          whole: what every batch sees as a whole, on the devices already (`whole_array`).
         """
         count = len(arrays[0]) if rows is None else len(rows[0])
         rows = (np.arange(count),) * len(arrays) if rows is None else rows
@@ -59,8 +62,14 @@ class RowMap:
                 self._place(array, chosen[taken])
                 for array, chosen in zip(arrays, rows, strict=True)
             ]
-            outputs.append(np.asarray(compiled(params, frozen, *batch))[: stop - start])
-        return np.concatenate(outputs)
+            output = compiled(params, frozen, whole, *batch)
+            outputs.append(jax.tree.map(lambda x: np.asarray(x)[: stop - start], output))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+    def whole_array(self, array: np.ndarray) -> jax.Array:
+        """A host array, all of it on every device."""
+        placed = NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
 
     def _place(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(
@@ -69,10 +78,12 @@ class RowMap:
             lambda index: array[rows[index[0]]],
         )
 
-    def _compile(self, function: Callable[..., Array]) -> Callable[..., Array]:
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if function not in self._compiled:
             self._compiled[function] = jax.jit(
-                lambda params, frozen, *batch: function(merge_params(params, frozen), *batch),
+                lambda params, frozen, whole, *batch: function(
+                    merge_params(params, frozen), *whole, *batch
+                ),
                 out_shardings=NamedSharding(self.mesh, PartitionSpec()),
             )
         return self._compiled[function]

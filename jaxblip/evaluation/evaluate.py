@@ -13,7 +13,7 @@ from jaxblip.data.text import fill_prompt, join_prompt
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.errors import UserError
 from jaxblip.evaluation.batching import RowMap
-from jaxblip.evaluation.captions import caption_metrics
+from jaxblip.evaluation.captions import caption_metrics, exact_share
 from jaxblip.evaluation.retrieval import (
     recall_at_k,
     rerank,
@@ -135,7 +135,8 @@ class Evaluation:
             model.decoding_config(),
             rows=data.rows,
         )
-        return caption_metrics(self.predictions, data.captions)
+        exact = exact_share(self.predictions, data.captions)
+        return {"caption_exact": exact, **caption_metrics(self.predictions, data.captions)}
 
     def _language_model_loss(self, params: Params, frozen: Params) -> Metrics:
         sums = self._map(self.task.token_sums, params, frozen, *self._texts_as_trained())

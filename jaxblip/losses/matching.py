@@ -6,29 +6,53 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxblip.losses.contrastive import same_image
+from jaxblip.losses.contrastive import over_blocks, same_image, similarity
 
 
 def sample_hard_negatives(
     rng: Key[Array, ""],
-    logits: Float[Array, "batch batch"],
+    image: Float[Array, "batch *queries embed"],
+    text: Float[Array, "batch embed"],
+    logit_scale: Float[Array, ""],
     image_id: Int[Array, " batch"] | None = None,
-) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
-    """Draws one negative a row from softmax(logits), never one of the same image.
+    *,
+    block_size: int = 0,
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"], Bool[Array, ""]]:
+    """Draws a text for each image and an image for each text from the softmax of the ITC scores.
+
+    By Gumbel noise: the largest of scores with such noise is a draw from their softmax, and the
+    largest of several blocks is the largest of all.
 
     Args:
-      logits: ITC scores of each row against all candidates of the global batch.
+      image, text, logit_scale: what the ITC scores are made of (`contrastive_loss`).
       image_id: rows of the same id are no negatives of each other; by default only a row's own
         index is none.
+      block_size: texts that are scored at a time (`over_blocks`); another one draws otherwise.
 
     Returns:
-      The drawn indices, and False for rows that have no negative at all (one image in the batch);
-      their index is meaningless.
+      The text of each image, the image of each text, and False where there is no negative at all
+      (one image in the batch): then the indices are meaningless.
     """
-    rows = jnp.arange(logits.shape[0])
-    excluded = same_image(rows if image_id is None else image_id)
-    masked = jnp.where(excluded, -10000.0, jax.lax.stop_gradient(logits).astype(jnp.float32))
-    return jax.random.categorical(rng, masked, axis=1), ~excluded.all(axis=1)
+    batch = len(text)
+    image_id = jnp.arange(batch) if image_id is None else image_id
+    text_rng, image_rng = jax.random.split(rng)
+
+    def block(text, text_image_id, index):
+        excluded = same_image(image_id, text_image_id)
+        logits = jnp.where(excluded, -10000.0, similarity(image, text) * logit_scale)
+        for_images, for_texts = (
+            logits + jax.random.gumbel(jax.random.fold_in(key, index[0]), logits.shape)
+            for key in (text_rng, image_rng)
+        )
+        return for_images.max(axis=1), index[for_images.argmax(axis=1)], for_texts.argmax(axis=0)
+
+    image, text, logit_scale = jax.lax.stop_gradient((image, text, logit_scale))
+    best, text_of_image, image_of_text = over_blocks(
+        block, block_size, text, image_id, jnp.arange(batch)
+    )
+    text_of_image = jnp.take_along_axis(text_of_image, best.argmax(axis=0)[None], axis=0)[0]
+    # Block k of n has the texts k, k + n, k + 2n, …
+    return text_of_image, image_of_text.T.reshape(-1), (image_id != image_id[0]).any()
 
 
 def matching_loss(

@@ -14,6 +14,7 @@ from jaxblip.models.layers import (
     PreNormBlock,
     check_activation,
     check_heads,
+    check_remat,
     l2_normalize,
     layer_norm,
     scan_layers,
@@ -25,7 +26,11 @@ MAX_LOG_SCALE = math.log(100.0)  # §2.5: logits are never scaled by more than 1
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
-    """Size of the text tower; the defaults are those of CLIP ViT-B."""
+    """Size of the text tower; the defaults are those of CLIP ViT-B.
+
+    Attributes:
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+    """
 
     vocab_size: int = 49408
     max_positions: int = 77
@@ -36,11 +41,12 @@ class ClipTextConfig:
     activation: str = "quick_gelu"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_heads(self)
         check_activation(self)
+        check_remat(self)
 
 
 LEGACY_EOS_TOKEN_ID = 2  # what old CLIP configs say, although their end-of-text token is the last

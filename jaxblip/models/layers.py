@@ -290,22 +290,44 @@ def check_activation(config: Any, known: Iterable[str] = ACTIVATIONS) -> None:
 UNROLLED_LAYERS = 4
 
 
-def scan_layers(block: type[nn.Module], length: int, *, remat: bool, in_axes=nn.broadcast):
+# What the backward pass computes again, by the names that the model configs have for it: nothing,
+# all but the input of each block, or all but matrix products (the second: those that have no batch
+# dimension, which are all but those of attention). More memory, less time.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(config: Any) -> None:
+    """Raises UserError unless the rematerialisation of a model config is a known one."""
+    if config.remat not in REMAT_POLICIES:
+        raise UserError(
+            f"{type(config).__name__}: remat={config.remat!r} is not known; use one of "
+            f"{', '.join(REMAT_POLICIES)}."
+        )
+
+
+def scan_layers(block: type[nn.Module], length: int, *, remat: str, in_axes=nn.broadcast):
     """`block` repeated `length` times, its parameters stacked on axis 0.
 
     The block's `__call__(x, *inputs)` returns `(x, output)`; `in_axes` says which of the inputs
     have an own slice for each layer (0) and which are the same for all (`nn.broadcast`).
 
     Args:
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: a name of `REMAT_POLICIES`.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=False)  # inside a scan nothing is left to merge
+    is_loop = length > UNROLLED_LAYERS
+    if remat != "none":
+        # Inside a loop nothing is left with which a second computation could be merged.
+        block = nn.remat(block, prevent_cse=not is_loop, policy=REMAT_POLICIES[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
-        unroll=length if length <= UNROLLED_LAYERS else 1,
+        unroll=1 if is_loop else length,
     )

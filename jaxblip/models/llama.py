@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention
 from jaxblip.models.decoder import DecoderLanguageModel
-from jaxblip.models.layers import KeyValues, Linear, check_heads, scan_layers
+from jaxblip.models.layers import KeyValues, Linear, check_heads, check_remat, scan_layers
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -66,7 +66,7 @@ class LlamaConfig:
         slow.
       rope_high_freq_factor: "llama3": a wave that fits more often into it is fast.
       rope_original_positions: "llama3": the length before the context was extended.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
     """
 
     is_encoder_decoder: ClassVar[bool] = False
@@ -93,9 +93,10 @@ class LlamaConfig:
     rope_high_freq_factor: float = 4.0
     rope_original_positions: int = 8192
     initializer_range: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
+        check_remat(self)
         if not self.head_width:
             check_heads(self)
         heads, kv_heads, head_width = self.attention_shape

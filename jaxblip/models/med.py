@@ -32,6 +32,7 @@ from jaxblip.models.layers import (
     KeyValueProjection,
     KeyValues,
     check_heads,
+    check_remat,
     layer_norm,
     scan_layers,
 )
@@ -43,6 +44,7 @@ class MedConfig:
 
     Attributes:
       vocab_size: rows of the word embedding, `[DEC]` (30522) and `[ENC]` (30523) included.
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
     """
 
     vocab_size: int = 30524
@@ -55,10 +57,11 @@ class MedConfig:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_heads(self)
+        check_remat(self)
 
     @property
     def kernel_init(self):

@@ -14,14 +14,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxblip.models.decoder import DecoderLanguageModel
-from jaxblip.models.layers import PreNormBlock, check_heads, layer_norm, scan_layers
+from jaxblip.models.layers import (
+    PreNormBlock,
+    check_heads,
+    check_remat,
+    layer_norm,
+    scan_layers,
+)
 
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that are never used
 
 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
-    """Size of an OPT language model; the defaults are OPT-125M's."""
+    """Size of an OPT language model; the defaults are OPT-125M's.
+
+    Attributes:
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+    """
 
     is_encoder_decoder: ClassVar[bool] = False
 
@@ -34,10 +44,11 @@ class OptConfig:
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
     initializer_range: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_heads(self)
+        check_remat(self)
 
     def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int, int]:
         """Shape of the cached keys, or values: `(layers, batch, capacity, heads, width)`."""

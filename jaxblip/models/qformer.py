@@ -27,6 +27,7 @@ from jaxblip.models.layers import (
     KeyValueProjection,
     KeyValues,
     check_heads,
+    check_remat,
     layer_norm,
     scan_layers,
 )
@@ -39,6 +40,7 @@ class QFormerConfig:
     Attributes:
       has_text: keep the text side (stage 1, InstructBLIP); stage 2 drops it.
       vocab_size: rows of the word embedding, `[DEC]` included.
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
     """
 
     num_query_tokens: int = 32
@@ -54,10 +56,11 @@ class QFormerConfig:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_heads(self)
+        check_remat(self)
         if self.num_layers % self.cross_attention_frequency:
             raise UserError(
                 f"QFormerConfig: num_layers={self.num_layers} must be a multiple of "

@@ -35,6 +35,7 @@ from jaxblip.models.layers import (
     ACTIVATIONS,
     KeyValues,
     check_activation,
+    check_remat,
     scan_layers,
 )
 
@@ -60,6 +61,7 @@ class T5Config:
       start_token_id: what the decoder reads first; T5's padding.
       dropout: of embeddings, residual branches, hidden units of the feed-forward networks and
         outputs of the stacks. Attention weights have none.
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
     """
 
     is_encoder_decoder: ClassVar[bool] = True
@@ -79,10 +81,11 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     start_token_id: int = 0
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_activation(self, T5_ACTIVATIONS)
+        check_remat(self)
         if self.num_position_buckets < 4 or self.num_position_buckets % 2:
             raise UserError(
                 f"T5Config: num_position_buckets={self.num_position_buckets} must be even and at "

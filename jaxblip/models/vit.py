@@ -34,6 +34,7 @@ from jaxblip.models.layers import (
     PreNormBlock,
     check_activation,
     check_heads,
+    check_remat,
     layer_norm,
     scan_layers,
 )
@@ -56,7 +57,8 @@ class VitConfig:
         SigLIP so400m/14 does at 384 px; without it, such an image size is an error.
       position_init: what the position table starts from, "normal" (as CLIP) or "sincos2d": fixed
         sines of both coordinates, a start that tells places apart (as in big_vision, but trained).
-      remat: recompute each block in the backward pass; without effect on a frozen encoder.
+      remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`; without
+        effect on a frozen encoder.
     """
 
     image_size_px: int = 224
@@ -74,11 +76,12 @@ class VitConfig:
     crop_to_patches: bool = False
     initializer_range: float = 0.02
     position_init: str = "normal"
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         check_heads(self)
         check_activation(self)
+        check_remat(self)
         if self.position_init not in POSITION_INITS:
             raise UserError(
                 f"position_init={self.position_init!r} is none of {', '.join(POSITION_INITS)}: "

@@ -26,8 +26,18 @@ TASKS: dict[str, type[Task]] = {
 BLIP_TASKS = ("blip_caption", "blip_retrieval", "blip_vqa")
 # Tasks in which a language model reads what the Q-Former says of an image.
 STAGE2_TASKS = ("instruct", "stage2")
+# Tasks that can do without the images, where the output of their frozen encoder is known.
+FROM_FEATURES = ("stage1", *STAGE2_TASKS)
 
-__all__ = ["BLIP_TASKS", "STAGE2_TASKS", "TASKS", "LossOutput", "Task", "make_task"]
+__all__ = [
+    "BLIP_TASKS",
+    "FROM_FEATURES",
+    "STAGE2_TASKS",
+    "TASKS",
+    "LossOutput",
+    "Task",
+    "make_task",
+]
 
 
 def make_task(config: ConfigDict) -> Task:

@@ -11,15 +11,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, BFloat16, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-from jaxblip.data.images import INTERPOLATIONS, RESIZES
+from jaxblip.data.choices import INTERPOLATIONS, RESIZES
 from jaxblip.errors import UserError
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
 Images = Float[Array, "batch height width 3"]
+Features = BFloat16[Array, "batch tokens vision_width"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -70,6 +71,12 @@ class Task(abc.ABC):
                     f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
                 )
         data = self.config.data
+        if data.get("features") and "vision" not in self.config.frozen:
+            raise UserError(
+                f"data.features={data.features!r} is the output of an image encoder that stays as "
+                "it is, but here it trains: add vision to config.frozen, or set "
+                "--config.data.features= to read images."
+            )
         for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
             if data[field] not in known:
                 raise UserError(
@@ -79,6 +86,11 @@ class Task(abc.ABC):
             raise UserError(
                 f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are "
                 "divided by it: SigLIP has 0.5,0.5,0.5."
+            )
+        if self.config.loss.get("itc_block_size", 0) < 0:
+            raise UserError(
+                f"loss.itc_block_size={self.config.loss.itc_block_size} must be a number of texts, "
+                "or 0 for all at once."
             )
         for section, model in self.config.model.items():
             of_instruction = section == "qformer" and "max_instruction_tokens" in data
@@ -109,14 +121,22 @@ class Task(abc.ABC):
         """Dtype of the activations."""
         return jnp.dtype(self.config.compute_dtype)
 
-    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of each field of a global batch."""
+    @property
+    def image_field(self) -> str:
+        """What the loss reads of images: "image", or the encoder's output, where it is known."""
+        return "image_features" if self.config.data.get("features") else "image"
+
+    def batch_shapes(
+        self, batch_size: int, fields: Sequence[str] | None = None
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each field of a global batch, by default of `self.fields`."""
         data = self.config.data
         size, length = data.image_size_px, data.max_text_tokens
         input_length = data.get("max_input_tokens", 0)
         instruction_length = data.get("max_instruction_tokens", 0)
         shapes = {
             "image": ((size, size, 3), np.uint8),
+            "image_features": (self._feature_shape(), jnp.bfloat16),
             "text_ids": ((length,), np.int32),
             "text_mask": ((length,), np.bool_),
             "segment_ids": ((length,), np.int32),
@@ -129,19 +149,32 @@ class Task(abc.ABC):
         }
         return {
             field: jax.ShapeDtypeStruct((batch_size, *shapes[field][0]), shapes[field][1])
-            for field in self.fields
+            for field in fields or self.fields
         }
+
+    def _feature_shape(self) -> tuple[int, ...]:
+        """Tokens and width of the image encoder, where there is one."""
+        vision = getattr(self.model, "vision_config", None)
+        return () if vision is None else (vision.num_tokens, vision.width)
 
     def init(self, rng: Key[Array, ""]) -> Params:
         """Random parameters in float32; call it under `jax.jit` or `jax.eval_shape`."""
-        batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.batch_shapes(1).items()}
+        # By an image in any case, so that the encoder has its parameters.
+        fields = ["image" if field == self.image_field else field for field in self.fields]
+        shapes = self.batch_shapes(1, fields)
+        batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items()}
         return self.model.init(rng, *self.model_inputs(batch))["params"]
 
     def model_inputs(self, batch: Batch) -> tuple[Array, ...]:
         """The batch as the arguments of the model's `__call__`."""
-        inputs = [self.normalize_images(batch["image"])] if "image" in batch else []
         texts = ("text_ids", "text_mask", "segment_ids", "input_ids", "input_mask")
-        return (*inputs, *(batch[field] for field in texts if field in batch))
+        return (*self.image_inputs(batch), *(batch[field] for field in texts if field in batch))
+
+    def image_inputs(self, batch: Batch) -> tuple[Images | Features, ...]:
+        """What the model reads of the images, if the batch has any: pixels, or their features."""
+        if "image_features" in batch:
+            return (batch["image_features"],)
+        return (self.normalize_images(batch["image"]),) if "image" in batch else ()
 
     def normalize_images(self, images: UInt8[Array, "batch height width 3"]) -> Images:
         """uint8 pixels to the encoder's input, by `data.pixel_mean` and `data.pixel_std`."""

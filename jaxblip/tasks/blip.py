@@ -45,16 +45,16 @@ class BlipRetrievalTask(RetrievalTask):
         features = self.apply(params, images, method="image_features")
         image_embeds = self.embed_images(params, features)
         text_embeds = self.apply(params, *texts, method="embed_texts", rng=text_rng)
-        itc = self._contrast(params, batch, image_embeds, text_embeds)
+        itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)
         image = self.apply(params, features, method="read_image")
-        itm, itm_accuracy = self._matching(params, image, batch, itc, match_rng, negative_rng)
+        itm, itm_accuracy = self._matching(params, image, batch, negatives, match_rng)
         metrics = {
-            "itc": itc.loss,
+            "itc": itc,
             "itm": itm,
             "itm_accuracy": itm_accuracy,
             "temperature": params["temperature"],
         }
-        loss = config.itc_weight * itc.loss + config.itm_weight * itm
+        loss = config.itc_weight * itc + config.itm_weight * itm
         return LossOutput(loss, jnp.float32(len(images)), metrics)
 
     def constrain(self, params):

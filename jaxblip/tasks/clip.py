@@ -26,16 +26,17 @@ class ClipTask(Task):
 
     def loss(self, params, batch, rng) -> LossOutput:
         image, text = self.apply(params, *self.model_inputs(batch), rng=rng)
-        output = contrastive_loss(
+        loss = contrastive_loss(
             image,
             text,
             jnp.exp(params["logit_scale"]),
             image_id=batch["image_id"],
             label_smoothing=self.config.loss.label_smoothing,
             gradient_to_all=self.config.loss.gradient_to_all,
+            block_size=self.config.loss.itc_block_size,
         )
-        metrics = {"itc": output.loss, "logit_scale": jnp.exp(params["logit_scale"])}
-        return LossOutput(output.loss, jnp.float32(text.shape[0]), metrics)
+        metrics = {"itc": loss, "logit_scale": jnp.exp(params["logit_scale"])}
+        return LossOutput(loss, jnp.float32(text.shape[0]), metrics)
 
     def constrain(self, params):
         # Clamped after each update, as open_clip does, so that the scale can come down again.

@@ -36,4 +36,4 @@ class InstructTask(Stage2Task):
         # All by position, since a decoder-only model has no input before the instruction.
         names = ("text", "input", "instruction")
         texts = (batch.get(f"{name}_{part}") for name in names for part in ("ids", "mask"))
-        return (self.normalize_images(batch["image"]), *texts)
+        return (*self.image_inputs(batch), *texts)

@@ -43,8 +43,8 @@ class Stage1Task(RetrievalTask):
         image_embeds, text_embeds, word_logits = self.apply(
             params, image, text_ids, text_mask, method="contrast_and_caption", rng=packed_rng
         )
-        itc = self._contrast(params, batch, image_embeds, text_embeds)
-        itm, itm_accuracy = self._matching(params, image, batch, itc, match_rng, negative_rng)
+        itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)
+        itm, itm_accuracy = self._matching(params, image, batch, negatives, match_rng)
         itg = token_cross_entropy(
             word_logits,
             text_ids[:, 1:],
@@ -52,10 +52,10 @@ class Stage1Task(RetrievalTask):
             label_smoothing=config.itg_label_smoothing,
         )
         loss = (
-            config.itc_weight * itc.loss + config.itm_weight * itm + config.itg_weight * itg.loss
+            config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg.loss
         )
         metrics = {
-            "itc": itc.loss,
+            "itc": itc,
             "itm": itm,
             "itg": itg.loss,
             "itm_accuracy": itm_accuracy,

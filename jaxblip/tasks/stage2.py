@@ -30,8 +30,8 @@ class Stage2Task(Task):
     @property
     def fields(self) -> tuple[str, ...]:
         if self.model.language_model_config.is_encoder_decoder:
-            return ("image", "text_ids", "text_mask", "input_ids", "input_mask")
-        return ("image", "text_ids", "text_mask", "prompt_length")
+            return (self.image_field, "text_ids", "text_mask", "input_ids", "input_mask")
+        return (self.image_field, "text_ids", "text_mask", "prompt_length")
 
     def _check(self) -> None:
         super()._check()

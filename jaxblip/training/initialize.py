@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,13 +43,19 @@ def initial_trainable(task: Task, mesh: Mesh) -> Params:
     return params
 
 
-def frozen_params(task: Task, mesh: Mesh) -> tuple[Params, References]:
+def frozen_params(
+    task: Task, mesh: Mesh, parts: Sequence[str] = ()
+) -> tuple[Params, References]:
     """The parameters that do not train, in `config.frozen_dtype` on the mesh, and their origin.
+
+    Args:
+      parts: the only ones that are read, where some are named.
 
     Raises:
       UserError: a frozen part has no source in `config.init`.
     """
     _, shapes = abstract_params(task)
+    shapes = {part: tree for part, tree in shapes.items() if not parts or part in parts}
     params, references = _parts(task, mesh, shapes, are_frozen=True)
     for part, tree in params.items():
         references[part]["fingerprint"] = fingerprint(tree)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxblip import sharding
 from jaxblip.data import inputs
+from jaxblip.data.features import check_encoder
 from jaxblip.data.pipeline import TrainBatches
 from jaxblip.evaluation.evaluate import Evaluation
 from jaxblip.training.checkpoints import Checkpoints
@@ -44,6 +45,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     if config.eval.source:
         evaluation = Evaluation(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
     frozen, references = frozen_params(setup.task, mesh)
+    if config.data.get("features"):
+        check_encoder(setup.sources, references["vision"])
+        if evaluation is None:
+            del frozen["vision"]  # which nothing reads any more
 
     with contextlib.ExitStack() as stack:
         keep_files = stack.enter_context(files_undone_unless_kept(workdir))
@@ -90,7 +95,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 break
 
         saved.wait()
-        monitor.check_finite()
         monitor.end(step, batches)
     return results
 

@@ -32,54 +32,54 @@ class Monitor(contextlib.ExitStack):
         self._progress = self.enter_context(Progress(config.steps, start_step=step))
         self._throughput = Throughput()
         self._said_slow = False
-        self._previous: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._newest: Mapping[str, jax.Array] | None = None  # metrics of the last step counted
 
     def message(self, text: str) -> None:
         """Prints a line."""
         self._progress.message(text)
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """The time inside counts as waiting for data."""
-        return self._throughput.waiting()
+        """The time inside counts as waiting for data, unless the device is busy to its end."""
+        return self._throughput.waiting(self._device_is_idle)
+
+    def _device_is_idle(self) -> bool:
+        """Asked without waiting: Python is many steps ahead of a device that has all its data."""
+        return self._newest is None or all(
+            metric.is_ready() for metric in jax.tree.leaves(self._newest)
+        )
 
     def after_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Counts a step that was handed to the device.
-
-        Raises:
-          RunStopped: too many updates in a row were not finite, up to the step before this one,
-            which the device has finished or soon will.
-        """
-        if self._previous is None:
+        """Counts a step that was handed to the device; does not wait for it, but for the first."""
+        if self._newest is None:
             jax.block_until_ready(metrics)
             self._throughput.reset()  # the compilation is no part of the speed
         else:
             self._throughput.step(self._config.batch_size)
-        self.check_finite()
-        self._previous = step, metrics
+        self._newest = metrics
         self._progress.advance(step)
 
-    def check_finite(self) -> None:
-        """Raises RunStopped where the last steps that were counted had no finite loss."""
-        if self._previous is None:
-            return
-        step, metrics = self._previous
-        skipped = int(metrics["skipped_in_a_row"])
+    def log(self, step: int, metrics: Mapping[str, jax.Array], batches: TrainBatches) -> None:
+        """Shows and writes the metrics of a step; waits for the device.
+
+        Raises:
+          RunStopped: too many updates in a row were not finite.
+        """
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        rates = self._throughput.read()
+        self._writer.write(step, {**_grouped(values), **rates, **_data_counts(batches)})
+        self._progress.log(step, {**values, **rates})
+        self._check_finite(step, int(values["skipped_in_a_row"]))
+        if not self._said_slow and rates.get("data_wait_share", 0.0) > _MUCH_WAITING:
+            self._said_slow = True
+            self.message(bottleneck(batches, rates, self._config.data.num_workers))
+
+    def _check_finite(self, step: int, skipped: int) -> None:
         if skipped >= self._config.max_skipped_in_a_row:
             raise RunStopped(
                 f"The loss or its gradient was not finite in {skipped} steps in a row, the last "
                 f"of them step {step}; none of these updates was applied. Lower "
                 "optimizer.peak_lr, set optimizer.clip_norm, or set compute_dtype to float32."
             )
-
-    def log(self, step: int, metrics: Mapping[str, jax.Array], batches: TrainBatches) -> None:
-        """Shows and writes the metrics of a step; waits for the device."""
-        values = {name: float(value) for name, value in metrics.items()}
-        rates = self._throughput.read()
-        self._writer.write(step, {**_grouped(values), **rates, **_data_counts(batches)})
-        self._progress.log(step, {**values, **rates})
-        if not self._said_slow and rates.get("data_wait_share", 0.0) > _MUCH_WAITING:
-            self._said_slow = True
-            self.message(bottleneck(batches, rates, self._config.data.num_workers))
 
     def log_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Shows and writes the results of an evaluation, whose time is no part of the speed."""

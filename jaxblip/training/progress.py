@@ -39,13 +39,14 @@ class Throughput:
         self._waited_s = 0.0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The time inside counts as waiting for data."""
+    def waiting(self, counts: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """The time inside counts as waiting for data, where `counts` says so at its end."""
         begin = self._clock()
         try:
             yield
         finally:
-            self._waited_s += self._clock() - begin
+            if counts():
+                self._waited_s += self._clock() - begin
 
     def step(self, images: int) -> None:
         """Counts a step over a global batch of so many images (or texts)."""

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jaxblip import sharding
 from jaxblip.config import MAY_CHANGE_ON_RESUME
 from jaxblip.data import mixture, run_sources, run_tokenizers
+from jaxblip.data.features import with_features
 from jaxblip.data.mixture import TrainSource
 from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
@@ -87,6 +88,8 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     config = run_tokenizers.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
+    if config.data.get("features"):
+        sources = with_features(config, sources)
     if jax.process_index() == 0:
         for line in (*adopted.lines, *mixture.lines(sources)):
             print(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Key
 
+from jaxblip.sharding import rows_stay_split
 from jaxblip.training.state import Params, TrainState, merge_params
 
 Batch = dict[str, Array]
@@ -121,9 +123,16 @@ def jit_step(
       frozen_shardings: as the frozen parameters, from `tree_shardings`.
       batch_sharding: of each field, from `sharding.batch_sharding`.
     """
-    replicated = NamedSharding(batch_sharding.mesh, PartitionSpec())
+    mesh = batch_sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    @functools.wraps(step)
+    def on_mesh(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        with rows_stay_split(mesh):
+            return step(state, frozen, batch)
+
     return jax.jit(
-        step,
+        on_mesh,
         in_shardings=(state_shardings, frozen_shardings, batch_sharding),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,

@@ -230,6 +230,7 @@ def test_vqa_of_two_files(tmp_path):
     assert source.has_instructions and len(source) == 1
     assert source[0] == {
         "image": RED, "image_id": 42, "instruction": "how many?", "captions": ["2"] * 9 + ["two"],
+            "question_id": 420,
     }  # fmt: skip
     with pytest.raises(UserError, match=r"q\.json has questions without answers"):
         opened(tmp_path / "q.json")

@@ -383,7 +383,7 @@ def test_storage_that_fails_for_a_while(coco, monkeypatch):
 
 
 def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxblip.data.tfds_rows._OPEN_SHARDS", 2)
+    monkeypatch.setattr("jaxblip.data.array_records._OPEN_SHARDS", 2)
     examples = {"train": [coco_example(i) for i in range(12)]}
     folder = toy_tfds.write(tmp_path, COCO_CAPTIONS, examples, shards=6)
     source = opened(folder, fields=COCO_FIELDS)

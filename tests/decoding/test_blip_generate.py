@@ -180,11 +180,11 @@ def test_beams_share_the_source():
     decoder = CrossAttendingDecoder(MedDecoder(model.text_config), params["decoder"])
     features, prompt, beams = jnp.zeros((ROWS, 5, 20)), jnp.zeros((ROWS, 2), int), 5
     logits, state = jax.eval_shape(
-        lambda: decoder.prefill(features, None, prompt, prompt == 0, NEW, copies=beams)
+        lambda: decoder.prefill(features, None, prompt, prompt == 0, NEW, beams)
     )
     assert logits.shape == (ROWS, VOCAB)
     assert state.source.key.shape == (2, ROWS, 5, 2, 8)
-    assert state.cache.key.shape == (2, ROWS * beams, 2 + NEW - 1, 2, 8)
+    assert state.text.cache.key.shape == (2, ROWS, 2 + NEW * beams, 2, 8)  # the prompt, too
 
 
 def test_one_compilation_for_all_inputs_of_a_shape():

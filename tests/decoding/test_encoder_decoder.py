@@ -162,7 +162,7 @@ def test_beams_share_the_encoder():
     example, beams = Example(), 5
     decoder = EncoderDecoder(example.model, example.params)
     shapes = jax.eval_shape(
-        lambda: decoder.prefill(example.embeddings, example.valid, NEW, copies=beams)
+        lambda: decoder.prefill(example.embeddings, example.valid, NEW, beams)
     )
     c, batch = example.model.config, len(LENGTHS)
     logits, state = shapes

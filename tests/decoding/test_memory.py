@@ -34,11 +34,14 @@ def test_weights_have_no_copies_in_float32():
     images = np.zeros((1, config.data.image_size_px, config.data.image_size_px, 3), np.uint8)
     visual = jax.eval_shape(text._encode, params, images)
     nothing = np.zeros((1, 0), np.int32), np.zeros((1, 0), bool)
-    inputs = visual, np.zeros(1, np.int32), *nothing, np.zeros(2, np.uint32)
-    search = text.decoding_config(num_beams=2, max_new_tokens=4)
-    used = {
-        "vision": temporary_bytes(text._encode, images),
-        "language_model": temporary_bytes(text._generate, *inputs, config=search),
-    }
-    for part, used_bytes in used.items():
+    inputs = visual, np.zeros(1, np.int32), *nothing
+    room = dict(num_beams=2, max_new_tokens=4)
+    read = text._prefill.eval_shape(params, *inputs, **room)
+    search, seeds = text.decoding_config(**room), np.zeros(2, np.uint32)
+    used = [
+        ("vision", temporary_bytes(text._encode, images)),
+        ("language_model", temporary_bytes(text._prefill, *inputs, **room)),
+        ("language_model", temporary_bytes(text._decode, *read, seeds, config=search)),
+    ]
+    for part, used_bytes in used:
         assert used_bytes < sum(leaf.size for leaf in jax.tree.leaves(params[part]["layers"]))

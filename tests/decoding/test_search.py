@@ -60,7 +60,8 @@ def search(model, first_tokens, **fields):
     config = DecodingConfig(**fields)
     run = greedy_search if config.num_beams == 1 else beam_search
     logits = jnp.asarray(model.log_probs)[jnp.array(first_tokens)]
-    return run(model, logits, (), config).tolist()
+    ids, _ = run(model, logits, (), config)
+    return ids.tolist()
 
 
 def test_greedy_takes_the_best_token_and_beam_search_the_best_sequence():
@@ -186,8 +187,8 @@ def test_repetition_penalty_counts_the_prompt(num_beams, length_penalty):
     @jax.jit
     def run(prompt_ids):
         embeddings = OPT.apply({"params": params}, prompt, method="embed")
-        logits, state = decoder.prefill(embeddings, valid, NEW, copies=num_beams)
-        return run_search(decoder, logits, state, config, prompt_ids=prompt_ids)
+        logits, state = decoder.prefill(embeddings, valid, NEW, num_beams)
+        return run_search(decoder, logits, state, config, prompt_ids=prompt_ids)[0]
 
     ids = run(np.where(valid, prompt, -1))
     inputs = dict(input_ids=torch.tensor(prompt), attention_mask=torch.tensor(valid).long())
@@ -242,7 +243,7 @@ def test_draws_follow_the_probabilities_of_transformers(fields):
     logits = np.random.default_rng(1).normal(size=(7, 7)).astype(np.float32)
     table, draws = Chain(logits), 20_000
     first = jnp.broadcast_to(jnp.asarray(logits)[3], (draws, 7))
-    ids = np.asarray(sample_search(table, first, (), config, jax.random.key(0)))
+    ids = np.asarray(sample_search(table, first, (), config, jax.random.key(0))[0])
     probabilities = transformers_probabilities(logits, config)
     expected = draws * (probabilities[3][:, None] * probabilities).ravel()
     observed = np.bincount(ids[:, 0] * 7 + ids[:, 1], minlength=49)
@@ -263,7 +264,7 @@ def test_draws_follow_the_probabilities_of_transformers(fields):
 def test_rows_and_steps_draw_independently():
     config = sampling_config(max_new_tokens=6)
     table = Chain(np.zeros((7, 7), np.float32))
-    ids = np.asarray(sample_search(table, jnp.zeros((3000, 7)), (), config, jax.random.key(0)))
+    ids = np.asarray(sample_search(table, jnp.zeros((3000, 7)), (), config, jax.random.key(0))[0])
     correlation = np.corrcoef(ids.T)
     assert np.abs(correlation[np.triu_indices(6, 1)]).max() < 0.08
     assert len({tuple(row) for row in ids}) > 2900
@@ -273,7 +274,8 @@ def test_sampling_obeys_stop_token_minimal_length_and_penalty():
     table = Chain(np.zeros((7, 7), np.float32) + 3.0)
     fields = dict(max_new_tokens=6, min_new_tokens=3, stop_token_id=STOP)
     first = jnp.full((500, 7), 3.0)
-    ids = np.asarray(sample_search(table, first, (), sampling_config(**fields), jax.random.key(0)))
+    ids, _ = sample_search(table, first, (), sampling_config(**fields), jax.random.key(0))
+    ids = np.asarray(ids)
     assert not (ids[:, :3] == STOP).any()
     for row in ids.tolist():
         length = row.index(STOP) + 1 if STOP in row else 6
@@ -281,7 +283,7 @@ def test_sampling_obeys_stop_token_minimal_length_and_penalty():
     # Scores of 300 against 3: nothing is said twice.
     table.log_probs *= 100
     config = sampling_config(**fields, repetition_penalty=100.0)
-    ids = np.asarray(sample_search(table, first * 100, (), config, jax.random.key(0)))
+    ids = np.asarray(sample_search(table, first * 100, (), config, jax.random.key(0))[0])
     for row in ids.tolist():
         said = row[: row.index(STOP)] if STOP in row else row
         assert len(set(said)) == len(said)

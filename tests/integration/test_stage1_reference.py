@@ -34,8 +34,11 @@ def config():
 def drawing_noise(step: int) -> tuple[np.ndarray, np.ndarray]:
     """The randomness of a step's hard negatives: of each image's texts, of each text's images."""
     rng = jax.random.fold_in(jax.random.key(SEED), step)
-    of_texts, of_images = jax.random.split(jax.random.split(rng, 3)[2])
-    return tuple(np.asarray(jax.random.gumbel(key, (ROWS, ROWS))) for key in (of_images, of_texts))
+    for_images, for_texts = (
+        np.asarray(jax.random.gumbel(jax.random.fold_in(key, 0), (ROWS, ROWS)))
+        for key in jax.random.split(jax.random.split(rng, 3)[2])
+    )
+    return for_images, for_texts.T
 
 
 def train(task, params, batches):

@@ -1,4 +1,6 @@
-"""The contrastive loss against PyTorch: plain loops, and a gather without gradient."""
+"""The contrastive loss against PyTorch (plain loops, a gather without gradient) and in blocks."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from jaxblip.losses.contrastive import contrastive_loss, same_image, similarity
+from jaxblip import sharding
+from jaxblip.losses.contrastive import (
+    contrastive_loss,
+    num_blocks,
+    same_image,
+    similarities,
+    similarity,
+)
+from jaxblip.losses.matching import sample_hard_negatives
 
 ROWS, QUERIES, EMBED, PROCESSES = 6, 3, 5, 2
 IMAGE_ID = np.array([4, 7, 4, 9, 7, 4], np.int32)  # three captions of one image, two of another
@@ -63,21 +73,22 @@ def torch_loss(image, text, temperature, image_id, label_smoothing, gradient_to_
 @pytest.mark.parametrize("gradient_to_all", [False, True])
 @pytest.mark.parametrize("image_id", [None, IMAGE_ID])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("block_size", [0, 2, 5])
 def test_value_and_gradients_are_those_of_torch(
-    queries, gradient_to_all, image_id, label_smoothing
+    queries, gradient_to_all, image_id, label_smoothing, block_size
 ):
     inputs = [*embeddings(queries), np.float32(TEMPERATURE)]
 
     def loss(image, text, temperature):
-        output = contrastive_loss(
+        return contrastive_loss(
             image,
             text,
             1 / temperature,
             image_id=image_id,
             label_smoothing=label_smoothing,
             gradient_to_all=gradient_to_all,
+            block_size=block_size,
         )
-        return output.loss
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, inputs))
     theirs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
@@ -104,28 +115,88 @@ def test_similarity_is_the_largest_over_the_queries():
 def test_which_side_carries_gradient(gradient_to_all):
     image, text = map(jnp.asarray, embeddings(QUERIES))
 
-    def received(name):
-        """The gradients of one direction's logits: to the images and to the texts."""
+    def received(direction):
+        """The gradients of one direction's scores: to the images and to the texts."""
 
         def total(image, text):
-            scale = jnp.float32(1.0)
-            output = contrastive_loss(image, text, scale, gradient_to_all=gradient_to_all)
-            return getattr(output, name).sum()
+            return similarities(image, text, gradient_to_all)[direction].sum()
 
         return [bool(jnp.any(grad)) for grad in jax.grad(total, (0, 1))(image, text)]
 
-    assert received("image_to_text") == [True, gradient_to_all]
-    assert received("text_to_image") == [gradient_to_all, True]
+    assert received(0) == [True, gradient_to_all]
+    assert received(1) == [gradient_to_all, True]
 
 
-def test_the_logits_score_rows_against_the_batch():
+def test_a_query_that_is_not_finite_is_not_passed_over():
     image, text = embeddings(QUERIES)
-    output = contrastive_loss(image, text, jnp.float32(5.0))
-    expected = 5.0 * plain_similarity(torch.tensor(image), torch.tensor(text)).numpy()
-    np.testing.assert_allclose(output.image_to_text, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(output.text_to_image, expected.T, rtol=1e-5, atol=1e-6)
+    image[2, QUERIES - 1] = np.nan
+    assert np.isnan(similarity(image, text)[2]).all()
+    assert np.isnan(contrastive_loss(image, text, jnp.float32(1.0)))
+
+
+def plain_maximum(image, text):
+    """All queries at once: the gradient of ties aside, the same."""
+    return jnp.einsum("iqe,te->iqt", image, text).max(axis=1)
+
+
+def test_similarity_is_that_of_all_queries_at_once():
+    rng = np.random.default_rng(1)
+    image, text = rng.normal(size=(5, 32, 8)), rng.normal(size=(7, 8))
+    weights = rng.normal(size=(5, 7))
+
+    def total(function, image, text):
+        return jnp.sum(function(image, text) * weights)
+
+    with jax.enable_x64(True):
+        found = jax.value_and_grad(functools.partial(total, similarity), (0, 1))(image, text)
+        expected = jax.value_and_grad(functools.partial(total, plain_maximum), (0, 1))(image, text)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
 
 
 def test_same_image():
     expected = [[a == b for a in IMAGE_ID] for b in IMAGE_ID]
-    assert np.array_equal(same_image(jnp.asarray(IMAGE_ID)), expected)
+    assert np.array_equal(same_image(jnp.asarray(IMAGE_ID), jnp.asarray(IMAGE_ID)), expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "block_size", "expected"),
+    [(12, 0, 1), (12, 12, 1), (12, 20, 1), (12, 6, 2), (12, 5, 3), (12, 1, 12), (7, 3, 7)],
+)
+def test_blocks_are_equal_and_no_larger_than_asked_for(batch, block_size, expected):
+    assert num_blocks(batch, block_size) == expected
+
+
+def planned(batch, queries, block_size, devices):
+    """Bytes that one device needs beside arguments and results: loss, gradients and negatives."""
+    mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+    rows = sharding.batch_sharding(mesh)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def step(image, text, scale, image_id, rng):
+        loss = functools.partial(contrastive_loss, image_id=image_id, block_size=block_size)
+        negatives = sample_hard_negatives(
+            rng, image, text, scale, image_id, block_size=block_size
+        )
+        return jax.grad(loss, (0, 1, 2))(image, text, scale), negatives
+
+    embed = 4
+    shapes = (
+        jax.ShapeDtypeStruct((batch, queries, embed), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((batch, embed), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    gradients = (rows, rows, whole), (rows, rows, whole)
+    compiled = jax.jit(step, out_shardings=gradients).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_batch_by_batch_by_devices():
+    batch, queries = 1024, 32
+    scores = 4 * batch**2
+    alone, shared = (planned(batch, queries, 0, devices) for devices in (1, 8))
+    assert alone < queries * scores / 2  # nothing is batch x batch x queries
+    assert shared < alone / 6
+    in_blocks = planned(batch, queries, 64, 8)
+    assert in_blocks < scores / 8 < shared / 8

@@ -11,9 +11,14 @@ import pytest
 from jaxblip.errors import UserError
 from jaxblip.models import layers
 from jaxblip.models.clip import ClipTextConfig
+from jaxblip.models.llama import LlamaConfig
+from jaxblip.models.med import MedConfig
+from jaxblip.models.opt import OptConfig
+from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.siglip import SiglipTextConfig
 from jaxblip.models.t5 import T5_ACTIVATIONS, T5Config
 from jaxblip.models.vit import VitConfig
+from jaxblip.planning.operations import count_operations
 
 WIDTH, DEPTH = 6, 3
 
@@ -25,7 +30,7 @@ class Block(nn.Module):
 
 
 def loss(params, x, scales):
-    stack = layers.scan_layers(Block, DEPTH, remat=False, in_axes=(0,))()
+    stack = layers.scan_layers(Block, DEPTH, remat="none", in_axes=(0,))()
     return jnp.sum(stack.apply({"params": params}, x, scales)[0] ** 2)
 
 
@@ -59,7 +64,7 @@ def test_a_stack_applies_its_blocks_in_order(monkeypatch, unrolled_layers):
 
 @pytest.mark.parametrize(("depth", "is_loop"), [(4, False), (5, True)])
 def test_only_deep_stacks_are_compiled_as_a_loop(depth, is_loop):
-    stack = layers.scan_layers(Block, depth, remat=False)()
+    stack = layers.scan_layers(Block, depth, remat="none")()
     x = jnp.zeros((1, WIDTH))
     params = jax.eval_shape(lambda: stack.init(jax.random.key(0), x, 1.0))
     compiled = jax.jit(stack.apply).lower(params, x, 1.0).compile().as_text()
@@ -81,3 +86,48 @@ def test_an_unknown_activation_names_the_known_ones(config, known):
     expected = f"{config.__name__}: activation='swish' is not known; use one of {', '.join(known)}."
     assert str(error.value) == expected
     assert all(config(activation=name).activation == name for name in known)
+
+
+def test_policies_of_rematerialisation_trade_memory_for_time_and_change_nothing():
+    """Of a stack of real blocks, with more memory in its attention than in the rest."""
+    batch, length, width = 4, 64, 16
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, length, width)), jnp.float32)
+
+    def gradient(remat):
+        stack = layers.scan_layers(layers.PreNormBlock, 6, remat=remat)(
+            4, 32, "gelu", 1e-6, nn.initializers.normal(0.3), key_bias=False
+        )
+        params = jax.jit(stack.init)(jax.random.key(0), x)
+
+        def loss(params, x):
+            return jnp.sum(stack.apply(params, x)[0] ** 2)
+
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
+        operations = count_operations(jax.grad(loss, (0, 1)), params, x)
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return compiled(params, x), operations, memory
+
+    results, operations, memory = zip(*map(gradient, layers.REMAT_POLICIES), strict=True)
+    for result in results[1:]:
+        jax.tree.map(
+            lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-3),
+            result,
+            results[0],
+        )
+    none, full, dots, without_batch = range(4)
+    assert memory[none] > 1.2 * memory[dots] > 1.5 * memory[without_batch]
+    assert memory[without_batch] > 1.1 * memory[full]
+    assert operations[none] == operations[dots] < operations[without_batch] < operations[full]
+    assert operations[full] > 1.25 * operations[none]  # almost a forward pass more
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VitConfig, ClipTextConfig, MedConfig, QFormerConfig, OptConfig, LlamaConfig, T5Config],
+)
+def test_an_unknown_rematerialisation_names_the_known_ones(config):
+    with pytest.raises(UserError) as error:
+        config(remat="some")
+    known = "none, full, dots, dots_with_no_batch_dims"
+    assert str(error.value) == f"{config.__name__}: remat='some' is not known; use one of {known}."
+    assert config(remat="dots").remat == "dots"

@@ -45,7 +45,7 @@ def example(variant):
     """The transformers model, ours, its parameters, and token ids."""
     if variant == DEEP:
         reference = random_llama("llama", num_hidden_layers=5)
-        config = dataclasses.replace(llama_config(reference.config.to_dict()), remat=True)
+        config = dataclasses.replace(llama_config(reference.config.to_dict()), remat="full")
     else:
         reference = random_llama(variant)
         config = llama_config(reference.config.to_dict())

@@ -22,7 +22,6 @@ from tiny_tasks import (
     made,
 )
 
-from jaxblip.losses.matching import sample_hard_negatives
 from jaxblip.models.attention import (
     bidirectional_mask,
     multimodal_causal_mask,
@@ -60,6 +59,15 @@ def contrast(image, text, scale, image_id, smoothing, other):
     return sum(map(jnp.sum, losses)) / (2 * ROWS)
 
 
+def hard_negatives(scores, image_id):
+    """A text for each image and an image for each text, drawn from all scores at once."""
+    scores = jnp.where(image_id[:, None] == image_id, -jnp.inf, scores)
+    keys = jax.random.split(jax.random.key(0))
+    text_key, image_key = (jax.random.fold_in(key, 0) for key in keys)
+    texts = jax.random.categorical(text_key, scores, axis=1)
+    return texts, jax.random.categorical(image_key, scores, axis=0)
+
+
 def token_loss(logits, targets, counts, smoothing=0.0):
     """`logits[row, t]` scores `targets[row, t]`."""
     logits, targets = logits[np.nonzero(counts)], targets[counts]
@@ -95,10 +103,7 @@ def plain_blip_retrieval(task, params, batch):
     scale = 1 / params["temperature"]
     itc = contrast(image[:, None], text, scale, image_id, 0.0, jax.lax.stop_gradient)
 
-    image_key, text_key = jax.random.split(jax.random.key(0))
-    scores = image @ text.T * scale
-    texts, _ = sample_hard_negatives(text_key, scores, jnp.asarray(image_id))
-    images, _ = sample_hard_negatives(image_key, scores.T, jnp.asarray(image_id))
+    texts, images = hard_negatives(image @ text.T * scale, image_id)
     ids = ids.at[:, 0].set(ENC)
     itm = 0.0
     for pair in [
@@ -165,9 +170,7 @@ def plain_stage1(task, params, batch):
     itc = contrast(image, text, scale, image_id, SMOOTHING, jax.lax.stop_gradient)
 
     scores = jnp.max(image[:, None] @ text[None, :, :, None], axis=(2, 3)) * scale
-    image_key, text_key = jax.random.split(jax.random.key(0))
-    texts, _ = sample_hard_negatives(text_key, scores, jnp.asarray(image_id))
-    images, _ = sample_hard_negatives(image_key, scores.T, jnp.asarray(image_id))
+    texts, images = hard_negatives(scores, image_id)
     ids, valid = jnp.asarray(ids), jnp.asarray(valid)
     pairs = [
         (features, ids, valid, 1),

@@ -58,7 +58,7 @@ def test_the_stages_are_measured_where_the_work_is_done(num_workers):
 def test_a_run_says_once_that_it_waits(tmp_path, capsys):
     config = default_config("clip")
     part = Part(ShapesSource("train", 16, size=20), Preprocess(("image", "image_id"), 16))
-    metrics = {"loss": np.float32(1.0), "skipped_in_a_row": np.int32(0)}
+    metrics = {"loss": jnp.float32(1.0), "skipped_in_a_row": jnp.int32(0)}
     with TrainBatches([part], batch_size=10, seed=0) as batches:
         with Monitor(config, str(tmp_path), 0) as monitor:
             for step in range(1, 6):

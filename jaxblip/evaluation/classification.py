@@ -1,0 +1,61 @@
+"""Zero-shot classification: images compared with the names of classes in many prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxblip.data.text import INSTRUCTION
+from jaxblip.errors import UserError
+
+
+def read_lines(path: str, what: str) -> list[str]:
+    """The lines of a file, such as the names of classes or a list of answers.
+
+    Raises:
+      UserError: it cannot be read, or has fewer than two lines, an empty one, or one twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}={path!r} cannot be read: {error}.") from error
+    first: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            raise UserError(f"{path}:{number} is empty: write one name a line.")
+        if line in first:
+            raise UserError(
+                f"{path}:{number} has {line!r} again, which line {first[line]} has: leave one out."
+            )
+        first[line] = number
+    if len(first) < 2:
+        raise UserError(f"{path} has {len(first)} line(s): {what} needs two or more, one a line.")
+    return list(first)
+
+
+def class_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Each name in each template, name by name; without templates the names alone.
+
+    Raises:
+      UserError: a template has no {}, or several.
+    """
+    for template in templates:
+        if template.count(INSTRUCTION) != 1:
+            raise UserError(
+                f"The template {template!r} of eval.templates has {{}} "
+                f"{template.count(INSTRUCTION)} times: write it once, where the name is to stand."
+            )
+    fillings = [template.split(INSTRUCTION) for template in templates] or [["", ""]]
+    return [f"{before}{name}{after}" for name in names for before, after in fillings]
+
+
+def class_embeddings(
+    prompts: Float[np.ndarray, "prompts embed"], num_classes: int
+) -> Float[np.ndarray, "classes embed"]:
+    """The normalised mean of the normalised embeddings of a class's prompts (CLIP §3.1.4)."""
+    prompts = prompts / np.linalg.norm(prompts, axis=-1, keepdims=True)
+    means = prompts.reshape(num_classes, -1, prompts.shape[-1]).mean(axis=1)
+    return means / np.linalg.norm(means, axis=-1, keepdims=True)

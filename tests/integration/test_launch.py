@@ -1,0 +1,115 @@
+"""One run on two processes of four devices each, started by `launch/local.py`, and on one of eight."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxblip.cli import main
+from jaxblip.training.checkpoints import load_params, saved_steps
+from jaxblip.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+TIMED = ("images_per_s", "seconds_per_step", "data_wait_share")  # differ from run to run
+# All axes: `data` runs across the processes.
+FIELDS = {
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "steps": STEPS,
+    "batch_size": 16,
+    "log_every_steps": 1,
+    "optimizer.warmup_steps": 3,
+    "init.vision": "random",
+    "eval.source": "",
+    "data.num_workers": 0,
+    "data.image_size_px": 24,
+    "data.max_text_tokens": 8,
+    "model.vision.num_layers": 1,
+    "model.vision.width": 32,
+    "model.qformer.num_layers": 2,
+    "model.qformer.width": 32,
+    "model.qformer.num_query_tokens": 4,
+    "model.qformer.hidden_dropout": 0.1,
+}
+
+
+def arguments(workdir):
+    overrides = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    return ["train", "--config=configs/demo/stage1.py", f"--workdir={workdir}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory):
+    """Work directory and output of a run of which SIGTERM, sent to the launcher, stopped both."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    command = [sys.executable, "-m", "jaxblip.cli", *arguments(workdir)]
+    launcher = subprocess.Popen(
+        ["launch/local.py", "--processes=2", "--devices-per-process=4", "--", *command],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while launcher.poll() is None and time.monotonic() < deadline:
+        if (lines := read_metrics(workdir)) and lines[-1]["step"] >= 3:
+            launcher.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.02)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output
+    return workdir, output
+
+
+@pytest.fixture(scope="module")
+def on_one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(arguments(workdir)) == 0
+    return workdir
+
+
+def assert_same_lines(ours, theirs):
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.keys() - set(TIMED) == their.keys() - set(TIMED)
+        for name in our.keys() - set(TIMED):
+            np.testing.assert_allclose(our[name], their[name], rtol=2e-4, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_see_the_losses_of_one(on_two_processes, on_one_process):
+    workdir, output = on_two_processes
+    assert "[0] Task stage1" in output and "8 cpu device(s), mesh data 2 x fsdp 2" in output
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["process_count"] == 2 and len(environment["devices"]) == 8
+    lines = read_metrics(workdir)
+    assert 3 <= len(lines) < STEPS
+    assert_same_lines(lines, read_metrics(on_one_process)[: len(lines)])
+
+
+def test_sigterm_saves_the_same_step_everywhere_and_one_process_goes_on_from_it(
+    on_two_processes, on_one_process, tmp_path, monkeypatch, capfd
+):
+    stopped, output = on_two_processes
+    (step,) = saved_steps(stopped)
+    assert f"Stopped by SIGTERM after step {step} of {STEPS}; saved." in output
+    workdir = shutil.copytree(stopped, tmp_path / "run")
+    monkeypatch.chdir(ROOT)
+    assert main(arguments(workdir)) == 0
+    assert re.search(rf"Resuming at step {step} of {STEPS}", capfd.readouterr().out)
+    assert_same_lines(read_metrics(workdir), read_metrics(on_one_process))
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5),
+        load_params(workdir),
+        load_params(on_one_process),
+    )
