@@ -47,6 +47,7 @@ setup(
         "easy-vqa": ["easy-vqa"],
         "prepare": PREPARE,
         "okvqa": ["simplemma"],  # lemmas of answers
+        "plan": ["libtpu"],  # `jaxblip plan` compiles for TPUs; for GPUs see docs/scaling.md
         "gguf": ["gguf>=0.19"],  # weights of llama.cpp
         # torch is the reference that models and losses are tested against. For the CPU build
         # install it first: see the Makefile.

@@ -25,7 +25,16 @@ import jax.numpy as jnp
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from workloads import SIZES, TASKS, OurStep, make_config, random_batch  # noqa: E402
+from workloads import (  # noqa: E402
+    SIZES,
+    TASKS,
+    OurStep,
+    from_features,
+    make_config,
+    random_batch,
+)
+
+from jaxblip.tasks import FROM_FEATURES  # noqa: E402
 
 DTYPES = ("bfloat16", "float32")
 # Dense bf16 operations a second, from the data sheets; of a CPU a product is timed.
@@ -38,15 +47,22 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch-size", type=int, default=0, help="by default that of the size")
     parser.add_argument("--peer", action="store_true", help="PyTorch, in turns with ours")
+    parser.add_argument(
+        "--features", action="store_true", help="the step from image features too, in turns with it"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="that we compute in")
     parser.add_argument("--rounds", type=int, default=5, help="in each, one measurement of either")
     parser.add_argument("--steps", type=int, default=2, help="steps of a measurement")
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     options = parser.parse_args()
+    if options.features and options.task not in FROM_FEATURES:
+        parser.error(f"--features: the task {options.task} does not train from image features")
     device = jax.devices()[0]
     config = make_config(options.task, options.size, options.batch_size, options.dtype)
     ours = OurStep(config)
     steps = {"jaxblip": ours}
+    if options.features:
+        steps["features"] = OurStep(from_features(config))
     if options.peer:
         from peers.torch_step import TorchStep
 
@@ -55,6 +71,9 @@ def main() -> None:
         if on_cpu:
             steps["torch, bf16"] = TorchStep(config, batch, bfloat16=True)
     seconds = interleaved(steps, options.rounds, options.steps)
+    operations = dict.fromkeys(steps, ours.operations)
+    if options.features:
+        operations["features"] = steps["features"].operations
     figures = {
         "machine": f"{device.device_kind}, {os.cpu_count()} cores, {jax.device_count()} device(s)",
         "task": options.task,
@@ -64,15 +83,19 @@ def main() -> None:
         "seconds": seconds,
         "images_per_s": {name: config.batch_size / s for name, s in seconds.items()},
         "operations": ours.operations,
-        "tflops_per_s": {name: ours.operations / s / 1e12 for name, s in seconds.items()},
+        "tflops_per_s": {name: operations[name] / s / 1e12 for name, s in seconds.items()},
         "peak_tflops_per_s": peak(device, options.dtype) * jax.device_count() / 1e12,
         "memory_gib": ours.memory_bytes / 2**30,
         "compile_s": ours.compile_s,
     }
+    if "features" in seconds:
+        figures["features_ratio"] = seconds["features"] / seconds["jaxblip"]
     if "torch" in seconds:
         figures["ratio"] = seconds["jaxblip"] / seconds["torch"]
         figures["ratios"] = {
-            name: seconds["jaxblip"] / s for name, s in seconds.items() if name != "jaxblip"
+            name: seconds["jaxblip"] / s
+            for name, s in seconds.items()
+            if name not in ("jaxblip", "features")
         }
     print("\n".join(table(figures)))
     if options.json:
@@ -124,6 +147,9 @@ def table(figures: dict) -> list[str]:
             f"{name:12}{seconds:>10.4g}{figures['images_per_s'][name]:>10.4g}{tflops:>10.4g}"
             f"{tflops / peak_tflops:>10.1%}"
         )
+    if "features_ratio" in figures:
+        ratio = figures["features_ratio"]
+        lines.append(f"from image features a step takes {ratio:.2f} of the time")
     for name, ratio in figures.get("ratios", {}).items():
         lines.append(f"jaxblip takes {ratio:.2f} of the time of {name}")
     lines.append(

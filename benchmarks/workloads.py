@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -71,6 +72,13 @@ def make_config(task: str, size: str, batch_size: int = 0, dtype: str = "float32
     return config.lock()
 
 
+def from_features(config: ConfigDict) -> ConfigDict:
+    """The run that reads the output of its image encoder in place of images."""
+    config = config.copy_and_resolve_references()
+    config.data.features = "features"
+    return config
+
+
 def random_batch(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     """Images of noise, texts of 8 to 32 tokens, each image once."""
     rng = np.random.default_rng(seed)
@@ -79,6 +87,7 @@ def random_batch(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     mask = np.arange(length) < rng.integers(length // 4, length + 1, (rows, 1))
     fields = {
         "image": lambda shape: rng.integers(0, 256, shape, np.uint8),
+        "image_features": lambda shape: rng.normal(size=shape).astype(jnp.bfloat16),
         "text_ids": lambda shape: rng.integers(3, 500, shape, np.int32),
         "text_mask": lambda shape: mask,
         "input_ids": lambda shape: rng.integers(3, 500, shape, np.int32),

@@ -95,7 +95,7 @@ def _by_options(message: str, options: argparse.Namespace) -> str:
 def _check_options(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Ends with a hint at what is meant, where argparse would miss something else."""
     known = verb._option_string_actions
-    takes_fields = verb.get_default("run") in (_train, _evaluate, _generate, _cache_features)
+    takes_fields = verb.get_default("run") in (_train, _evaluate, _generate, _plan, _cache_features)
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         name, equals, _ = argument.partition("=")
         has_value = bool(equals) or not following.startswith("--")
@@ -145,6 +145,17 @@ def _parser() -> tuple[
     verb = add("train", _train, "train what a config describes", help_texts.TRAIN)
     verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
     verb.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+
+    verb = add("plan", _plan, "does it fit, and how long will it take?", help_texts.PLAN)
+    verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
+    verb.add_argument(
+        "--topology", required=True, metavar="NAME,NAME", help="v5e:16x16, h100:4x8, local, …"
+    )
+    verb.add_argument("--mesh", metavar="AXIS=N,…", help="data=16,fsdp=16, for the config's own")
+    verb.add_argument("--json", metavar="FILE", help="write all figures there as well")
+    verb.add_argument(
+        "--tries", type=int, default=3, metavar="N", help="other settings to try, if need be (3)"
+    )
 
     verb = add("evaluate", _evaluate, "evaluate a checkpoint", help_texts.EVALUATE)
     verb.add_argument("--workdir", required=True, metavar="DIR", help="that of a training")
@@ -303,6 +314,25 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     join_peers()
     keep_compilations()
     train(config, options.workdir)
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from jaxblip.config import load_config
+    from jaxblip.planning import report, topologies
+    from jaxblip.planning.plan import mesh_of, plan, write_json
+
+    wanted = list(topologies.names(options.topology))
+    config = load_config(options.config, overrides)
+    if options.mesh:
+        config.mesh.update(mesh_of(options.mesh))
+    is_asked_mesh = bool(options.mesh) or any("config.mesh." in each for each in overrides)
+    plans = []
+    for topology in wanted:
+        plans.append(plan(config, topology, tries=options.tries, is_asked_mesh=is_asked_mesh))
+        for line in report.lines(plans[-1]):
+            print(line, flush=True)
+    if options.json:
+        write_json(options.json, [report.as_json(each) for each in plans])
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxblip.data.choices import COLUMNS
+from jaxblip.data.eval_sections import KINDS, check_field
 from jaxblip.data.mixture import WEIGHT, check_section
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
@@ -60,15 +61,19 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     config = ConfigDict()
     config.task = task  # what is optimised, by its name in `tasks.TASKS`
     config.seed = 42  # of initial parameters, data order, augmentation, dropout, negatives
-    config.steps = 250_000  # optimizer steps of the whole run
+    config.steps = 250_000  # optimizer steps of the whole run; 0 = as many as `epochs` have
+    config.epochs = 0.0  # passes over the training data, where steps = 0
     config.batch_size = 1680  # examples a step, over all devices
     config.compute_dtype = "bfloat16"  # of activations; parameters that train are float32
     config.frozen_dtype = "bfloat16"  # of parameters that do not train
     config.frozen = TASKS[task].frozen  # path prefixes of the parameters that do not train
+    # Longer prefixes of what trains nevertheless, such as qformer/query_tokens of a frozen qformer
+    config.trainable = ()
     config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
     config.log_every_steps = 50  # steps between two lines of metrics
 
     config.model = _model(task, language_model)
+    config.lora = _lora(task)
     config.loss = _loss(task, is_encoder_decoder)
     config.init = _init(task)
 
@@ -79,12 +84,15 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     optimizer.peak_lr = 1e-4  # learning rate after the warm-up
     optimizer.min_lr = 1e-5  # learning rate at the last step
     optimizer.warmup_init_lr = 1e-6  # learning rate at step 0
-    optimizer.warmup_steps = 2000  # steps of linear warm-up
+    optimizer.warmup_steps = 2000  # steps of linear warm-up; -1 = by the length of the run
     optimizer.b1 = 0.9  # AdamW: decay of the first moment
     optimizer.b2 = 0.98  # AdamW: decay of the second moment
     optimizer.momentum = 0.95  # Muon: decay of the momentum
     optimizer.eps = 1e-8  # AdamW: added to the root of the second moment
     optimizer.weight_decay = 0.05  # AdamW; biases, norms and scalars are not decayed
+    # For each part of the model that has layers: the learning rate of a layer over that of the next
+    # one (BEiT's layer-wise decay); 1 = all alike. BLIP-2 fine-tunes its encoder with 0.9 to 1
+    optimizer.layer_decay = ConfigDict(dict.fromkeys(_parts_with_layers(task, config.model), 1.0))
     optimizer.clip_norm = 0.0  # largest global gradient norm; 0 = off, as in the paper
     optimizer.accumulation_steps = 1  # micro-batches a step; contrast sees one micro-batch
 
@@ -162,20 +170,37 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     data.max_image_pixels = 100_000_000  # an image with more is a bad example
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 5000  # steps between two checkpoints; the last step has one too
+    # steps between two checkpoints; the last step has one too; -1 = by the length of the run
+    checkpoint.every_steps = 5000
     checkpoint.keep_last = 2  # newest checkpoints that are kept
     checkpoint.keep_best = 1  # best checkpoints that are kept beside them
     checkpoint.best_metric = ""  # evaluation metric that "best" is about; "" = none
     checkpoint.best_mode = "max"  # "max" or "min"
 
     config.eval = evaluation = ConfigDict()
+    # What is measured, one of `data.eval_sections.KINDS`; "" = the first of the task's
+    evaluation.kind = ""
     evaluation.source = ""  # evaluation source, as data.train; "" = no evaluation
+    # Several evaluations: name -> a section with its own fields of config.eval, and perhaps prompt,
+    # such as --config.eval.set.nocaps.source=nocaps.json; see docs/evaluation.md
+    evaluation.set = ConfigDict()
     evaluation.image_folder = ""  # as data.image_folder; "" = that one
     # As data.fields; where all are "", those count
     evaluation.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
-    evaluation.every_steps = 0  # steps between two evaluations; 0 = only at the end
+    # steps between two evaluations; 0 = only at the end; -1 = by the length of the run
+    evaluation.every_steps = 0
     evaluation.batch_size = 64  # images or pairs at a time, over all devices
     evaluation.max_images = 0  # first images of the source that are used; 0 = all
+    if "retrieval" in KINDS[task]:
+        evaluation.folds = 1  # galleries that the set is divided into; COCO 1K: 5
+        evaluation.captions_per_image = 0  # first captions of an image that count; 0 = all
+        evaluation.classes = ""  # classification: file with the name of a class a line
+        # Classification: prompts of which a class has the mean, as in "'a photo of {}','a {}'";
+        # () = the names alone
+        evaluation.templates = ()
+    if "vqa" in KINDS[task]:
+        # file with an answer a line, of which the most probable is chosen; "" = they are generated
+        evaluation.answers = ""
     if task in ("stage1", "blip_retrieval"):
         evaluation.rerank_top_k = 128  # candidates re-scored by ITM, facts of COCO retrieval
     if task in STAGE2_TASKS:
@@ -248,6 +273,28 @@ def _model(task: str, language_model: str) -> ConfigDict:
     return model
 
 
+def _parts_with_layers(task: str, model: ConfigDict) -> list[str]:
+    """Parts of the parameter tree with stacks of layers; BLIP's decoder has the sizes of `text`."""
+    parts = [part for part in ("vision", "text", "qformer", "language_model") if part in model]
+    if task in ("blip_caption", "blip_vqa"):
+        parts.append("decoder")
+    return [part for part in parts if (task, part) != ("blip_caption", "text")]
+
+
+def _lora(task: str) -> ConfigDict:
+    """Low-rank factors beside frozen linear maps (`models.lora`)."""
+    lora = ConfigDict()
+    lora.rank = 0  # of the factors; 0 = no LoRA
+    lora.alpha = 16.0  # the product of the factors is scaled by alpha / rank
+    lora.dropout = 0.0  # share of the factors' inputs that training drops
+    # Names of linear maps: query, key, value and out of attention, up, gate and down behind it
+    lora.targets = ("query", "value")
+    # Path prefixes of what has factors, all of it frozen, such as language_model or vision
+    has_own = task in ("language_model", *STAGE2_TASKS)
+    lora.parts = ("language_model",) if has_own else ("vision",)
+    return lora
+
+
 def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
     loss = ConfigDict()
     if is_encoder_decoder and task != "instruct":
@@ -275,6 +322,10 @@ def _loss(task: str, is_encoder_decoder: bool) -> ConfigDict:
         # Texts that are compared with all images of the batch at a time, and once more in the
         # backward pass, for batches of which not even all scores fit; 0 = all texts at once
         loss.itc_block_size = 0
+    if task in ("language_model", "stage1", *STAGE2_TASKS):
+        # Positions of the texts whose scores of all words exist at a time, with their gradients;
+        # 0 = all positions
+        loss.vocab_chunk = 16
     if task in ("blip_caption", "blip_vqa"):
         loss.label_smoothing = 0.1  # share of the target that is uniform over the words
     return loss
@@ -388,6 +439,8 @@ def _apply_override(config: ConfigDict, override: str) -> None:
     *sections, field = name.removeprefix("config.").split(".")
     if sections[:2] == ["data", "mixture"] and len(sections) > 2:
         _add_to_mixture(config, sections[2], [*sections, field][3])
+    if sections[:2] == ["eval", "set"] and len(sections) > 2:
+        _add_evaluation(config, sections[2], [*sections, field][3])
     owner = config
     for section in [*sections, field]:
         if not isinstance(owner, ConfigDict) or section not in owner:
@@ -417,6 +470,18 @@ def _add_to_mixture(config: ConfigDict, name: str, field: str) -> None:
         if field not in data.mixture[name]:
             value = 1.0 if field == WEIGHT else copy.deepcopy(data[field])
             data.mixture[name][field] = value
+
+
+def _add_evaluation(config: ConfigDict, name: str, field: str) -> None:
+    """Makes a field of an evaluation, with the value that it has for all."""
+    check_field(config, name, field)
+    sections = config.eval.set
+    with sections.unlocked():
+        if name not in sections:
+            sections[name] = ConfigDict()
+        if field not in sections[name]:
+            owner = config.eval if field in config.eval else config.data
+            sections[name][field] = copy.deepcopy(owner[field])
 
 
 def _parse(name: str, text: str, current: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxblip.config import load_config
 from jaxblip.errors import UserError
-from jaxblip.evaluation.evaluate import Evaluation
+from jaxblip.evaluation.evaluate import make_evaluation
 from jaxblip.evaluation.labels import TASK_TITLES
 from jaxblip.evaluation.report import write_report
 from jaxblip.training.checkpoints import saved_steps
@@ -130,6 +130,6 @@ def _add_seconds(folder: Path, phase: str, elapsed: float) -> None:
 def _gallery(workdir: str) -> list[dict[str, object]]:
     """Every evaluation image with its caption and the true ones."""
     run = load_run(workdir)
-    evaluation = Evaluation(run.task, run.tokenizer, run.mesh)
+    evaluation = make_evaluation(run.task, run.tokenizer, run.mesh)
     evaluation.run(run.params, run.frozen)
     return evaluation.gallery()

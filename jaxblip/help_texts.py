@@ -26,6 +26,25 @@ Example:
   jaxblip train --config=configs/demo/vision.py --workdir=runs/vision
 """
 
+PLAN = f"""\
+Compiles the training step of a config for machines that need not be there, and prints for each
+whether it fits, operations, bytes of each kind of collective, the least time of a step and which
+resource sets it, images/s, days and chip-hours of the whole schedule. Where it does not fit, or
+waits for the network, other meshes and rematerialisation policies are tried and the best is named.
+It reads no data and no weights. What is modelled and not compiled says so; see docs/scaling.md.
+
+TOPOLOGY is one or more, with commas, of
+  v5e:16x16         a TPU slice: v4, v5e, v5p, v6e         needs: pip install 'jaxblip[plan]'
+  h100:4x8          hosts x GPUs: a100, a100-40g, h100, h200, b200
+                    needs: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of JAX's version
+  local             the devices at hand
+
+{OVERRIDES}
+Examples:
+  jaxblip plan --config=configs/blip2/stage1_vit_g.py --topology=v5e:16x16,v5p:4x4x8
+  jaxblip plan --config=configs/blip2/stage2_vit_g_opt_6_7b.py --topology=h100:1x8 --mesh=fsdp=8
+"""
+
 EVALUATE = f"""\
 Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip, stage1 and blip_retrieval (the
 last two with ITM re-ranking), exact match and BLEU-4 of captions or answers for stage2,

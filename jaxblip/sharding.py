@@ -34,6 +34,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(up|gate)/bias", ("tensor",)),  # [hidden]
     (r"down/kernel", ("tensor", "fsdp")),  # [hidden, width]
     (r"down/bias", (None,)),  # [width]
+    # low-rank factors beside these kernels; the rank stays whole
+    (r"(query|key|value|up|gate|dense|[a-z_]*projection)/lora_a", ("fsdp", None)),  # [width, rank]
+    (r"(query|key|value)/lora_b", (None, "tensor", None)),  # [rank, heads, head_width]
+    (r"out/lora_a", ("tensor", None, None)),  # [heads, head_width, rank]
+    (r"down/lora_a", ("tensor", None)),  # [hidden, rank]
+    (r"(up|gate)/lora_b", (None, "tensor")),  # [rank, hidden]
+    (r"(out|down|dense|[a-z_]*projection)/lora_b", (None, "fsdp")),  # [rank, width]
     # norms
     (r"[^/]*norm/(scale|bias)", (None,)),  # [width]
     # embeddings; a vocabulary that `tensor` does not divide (BERT's 30,523) is split by width only
@@ -87,11 +94,16 @@ def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
         )
     if -1 in shape and count % known == 0:
         shape[shape.index(-1)] = count // known
-    if -1 in shape or math.prod(shape) != count:
+    if math.prod(shape) != count:
+        product = " x ".join("the rest" if size == -1 else str(size) for size in shape)
+        wrong = f"that is {known} devices, and there are {count}"
+        if -1 in shape:
+            wrong = f"{count} devices are not a multiple of {known}"
+        elif known < count:
+            wrong = f"that is {known} of {count} devices, and {count - known} would stand idle"
         raise UserError(
-            f"The mesh ({shown}) does not fit {count} device(s): its sizes multiply to "
-            f"{known}{' times the rest' if -1 in shape else ''}. Choose sizes whose product is "
-            f"{count}, or -1 for one axis."
+            f"The mesh ({shown}) is data x fsdp x tensor = {product}: {wrong}. Choose sizes whose "
+            f"product is {count}, or -1 for one axis."
         )
     return dict(zip(AXES, shape, strict=True))
 
@@ -135,6 +147,23 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
     return jax.tree.map_with_path(sharding, tree)
+
+
+def check_axes_are_used(params: Any, mesh: Mesh) -> None:
+    """Raises UserError where `fsdp` or `tensor` splits no parameter at all.
+
+    Its devices would hold, and along `tensor` compute, the same as each other.
+    """
+    specs = [place.spec for place in jax.tree.leaves(tree_shardings(params, mesh))]
+    sizes = {"fsdp": "widths", "tensor": "head counts, hidden widths and vocabularies"}
+    for axis, what in sizes.items():
+        size = mesh.shape[axis]
+        if size > 1 and not any(axis in spec for spec in specs):
+            raise UserError(
+                f"mesh.{axis}={size} divides none of the model's {what}, so that each {size} "
+                "devices would do the work of one: choose a divisor of them, and mesh.data for the "
+                "rest."
+            )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

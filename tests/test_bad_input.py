@@ -208,7 +208,7 @@ def test_a_source_run_of_another_size(vision_run, tmp_path, capfd):
     fields = {"init.vision": vision_run[0], "model.vision.width": 64}
     assert train(tmp_path / "run", "stage1", **fields) == 2
     message = capfd.readouterr().err
-    assert "vision/cls_token is (32,) there and (64,) here" in message
+    assert "--config.model.vision.width=64 disagrees with" in message and "has 32" in message
 
 
 def test_another_configs_work_directory(vision_run, capfd, compilations):

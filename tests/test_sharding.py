@@ -40,10 +40,10 @@ def test_mesh_sizes_and_the_rest(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"mesh.data=3.* 8 device"),
-        ({"data": 16}, r"mesh.data=16.* 8 device"),
-        ({"data": 4}, r"multiply to 4"),
-        ({"data": -1, "fsdp": 3}, r"multiply to 3 times the rest"),
+        ({"data": 3}, r"mesh.data=3\) .*= 3 x 1 x 1: that is 3 of 8 devices, and 5 would stand idle"),
+        ({"data": 16}, "16 x 1 x 1: that is 16 devices, and there are 8"),
+        ({"data": 2, "tensor": 2}, "= 2 x 1 x 2: .* and 4 would stand idle"),
+        ({"data": -1, "fsdp": 3}, "= the rest x 3 x 1: 8 devices are not a multiple of 3"),
         ({"data": -1, "fsdp": -1}, "at most one"),
         ({"data": 0}, "positive"),
         ({"data": -2}, "positive"),
@@ -99,6 +99,16 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it():
             sharding.parameter_spec(path, (4, 4, 4), mesh_of())
     with pytest.raises(ValueError, match="too few"):
         sharding.parameter_spec("query/kernel", (4, 4), mesh_of())
+
+
+def test_an_axis_that_splits_nothing_is_refused():
+    params = {"layers": {"attention": {"query": {"kernel": jnp.zeros((12, 6, 4))}}}}
+    for sizes in {"fsdp": 4}, {"data": 4, "tensor": 2}, {"data": 8}:
+        sharding.check_axes_are_used(params, mesh_of(**sizes))
+    with pytest.raises(UserError, match=r"mesh.tensor=4 divides none .* head counts.* each 4 "):
+        sharding.check_axes_are_used(params, mesh_of(data=2, tensor=4))
+    with pytest.raises(UserError, match=r"mesh.fsdp=8 divides none .* widths"):
+        sharding.check_axes_are_used(params, mesh_of(fsdp=8))
 
 
 def test_optimizer_moments_lie_where_their_parameters_do():

@@ -166,7 +166,7 @@ def start(config: ConfigDict, sizes: dict[str, int]):
     task = make_task(config)
     count = int(np.prod(list(sizes.values()), dtype=int))
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    trainable, frozen = split_params(random_params(task), config.frozen)
+    trainable, frozen = split_params(random_params(task), config.frozen, config.trainable)
     frozen = cast_frozen(jax.tree.map(jax.numpy.asarray, frozen), config.frozen_dtype)
     optimizer = make_optimizer(config)
     state = TrainState.create(trainable, optimizer, jax.random.key(0))

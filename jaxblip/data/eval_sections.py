@@ -13,7 +13,7 @@ from jaxblip.errors import UserError
 # What is measured, and by which tasks; the first of a task's kinds is its default.
 _OF_TEXTS = ("captions", "vqa", "okvqa", "gqa", "loss")
 KINDS = {
-    "blip_caption": _OF_TEXTS,
+    "blip_caption": ("captions", "loss"),
     "blip_retrieval": ("retrieval", "classification"),
     "blip_vqa": ("vqa", "okvqa", "gqa", "captions", "loss"),
     "clip": ("retrieval", "classification"),
@@ -102,11 +102,10 @@ def _completed(config: ConfigDict, name: str, section: Sequence[str]) -> ConfigD
         )
     config = config.copy_and_resolve_references()
     config.eval.kind = kind
-    asks = kind in QUESTION_KINDS and config.task in ("stage2", "instruct", "blip_caption")
+    asks = kind in QUESTION_KINDS and config.task == "stage2"
     if asks and INSTRUCTION not in config.data.prompt:
         has_encoder = "max_input_tokens" in config.data
         config.data.prompt = QUESTION_FOR_ENCODER if has_encoder else QUESTION
-    if asks and name and config.task == "stage2":
-        defaults = {key: x for key, x in ANSWER_DECODING.items() if key not in section}
-        config.eval.update(defaults)
+    if asks and name:
+        config.eval.update({key: x for key, x in ANSWER_DECODING.items() if key not in section})
     return config

@@ -190,6 +190,8 @@ class _Views(Sequence):
 
     def __getitem__(self, view: int) -> BFloat16[np.ndarray, "tokens width"]:
         """Raises BadSample where the image could not be used, or its record cannot be read."""
+        if not 0 <= view < self._views:
+            raise IndexError(view)
         record = self._records[self._first + view]
         if len(record) != self._shape[0] * self._shape[1] * DTYPE.itemsize:
             raise _bad_sample(record, self._records.place(self._first + view))

@@ -81,7 +81,7 @@ def train_batches(
     parts = [
         Part(
             each.source,
-            _preprocess(of_sources[each.name], fields, tokenizer, qformer_tokenizer),
+            make_preprocess(of_sources[each.name], fields, tokenizer, qformer_tokenizer),
             name=each.name,
             share=each.share,
             shuffle_block=each.config.data.shuffle_block,
@@ -145,7 +145,7 @@ def _packed(parts: Sequence[Part], config: ConfigDict, report: bool) -> list[Par
     return packed
 
 
-def _preprocess(
+def make_preprocess(
     config: ConfigDict, fields: tuple[str, ...], tokenizer: Any, qformer_tokenizer: Any
 ) -> Preprocess:
     """What is made of the examples of a source, by its config."""

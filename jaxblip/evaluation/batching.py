@@ -59,7 +59,7 @@ class RowMap:
             # The last batch is filled up with rows of its own, so that one compilation serves all.
             taken = np.resize(np.arange(start, stop), self.batch_size)
             batch = [
-                self._place(array, chosen[taken])
+                self.place(array, chosen[taken])
                 for array, chosen in zip(arrays, rows, strict=True)
             ]
             output = compiled(params, frozen, whole, *batch)
@@ -71,7 +71,8 @@ class RowMap:
         placed = NamedSharding(self.mesh, PartitionSpec())
         return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
 
-    def _place(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
+    def place(self, array: np.ndarray, rows: np.ndarray) -> jax.Array:
+        """Rows of a host array, each on its device."""
         return jax.make_array_from_callback(
             (len(rows), *array.shape[1:]),
             sharding.batch_sharding(self.mesh),

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxblip.api import ANSWER_DECODING, Decoding, Model, load
 from jaxblip.errors import UnreadableImages, UserError
-from jaxblip.evaluation.evaluate import Evaluation, Metrics
+from jaxblip.evaluation.base import Evaluation, Metrics
+from jaxblip.evaluation.evaluate import make_evaluation
 from jaxblip.evaluation.labels import TASK_TITLES
 from jaxblip.evaluation.report import write_report
 from jaxblip.training.environment import describe_environment
@@ -38,7 +39,7 @@ def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
             "The run has no evaluation source: add --config.eval.source=shapes:heldout or the path "
             "of a .jsonl file."
         )
-    evaluation = Evaluation(run.task, run.tokenizer, run.mesh, run.qformer_tokenizer)
+    evaluation = make_evaluation(run.task, run.tokenizer, run.mesh, run.qformer_tokenizer)
     what = f"Step {run.step} of {workdir} on {config.eval.source}. {evaluation.describe()}"
     print(what, flush=True)
     metrics = evaluation.run(run.params, run.frozen)

@@ -19,6 +19,7 @@ from jaxblip.interop.entries import Layout
 from jaxblip.interop.families import blip, blip2, clip, instructblip, llama, opt, t5
 from jaxblip.interop.processors import ImageProcessing
 from jaxblip.interop.save import save_params
+from jaxblip.models import lora
 from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
 from jaxblip.models.t5 import T5Config
@@ -108,6 +109,8 @@ def export_run(
 def run_params(task: Task, workdir: str, step: int) -> tuple[Params, list[str]]:
     """All parameters of a run, trained and frozen, none of them read unless they are random.
 
+    Low-rank factors are part of the kernels beside them.
+
     Raises:
       UserError: a frozen part is not the one that the run was trained with.
     """
@@ -124,12 +127,37 @@ def run_params(task: Task, workdir: str, step: int) -> tuple[Params, list[str]]:
     }
     check_frozen(load_frozen_references(workdir, step), references, where=workdir)
     trained = flatten_dict(saved_params(f"{workdir}/{FOLDER}/{step}"), sep="/")
-    params = unflatten_dict(trained | flatten_dict(frozen, sep="/"), sep="/")
+    flat = trained | flatten_dict(frozen, sep="/")
+    params = unflatten_dict(_without_factors(flat, task.lora), sep="/")
     lines = [
         f"{source} has no {', '.join(lacking)}: random there, and here as well."
         for source, lacking in stored.lacking.items()
     ]
     return params, lines
+
+
+class _MergedKernel:
+    """A kernel with its low-rank factors, put together when it is read."""
+
+    is_stacked = False
+
+    def __init__(self, kernel: Any, factors: tuple[Any, Any], config: lora.LoraConfig):
+        self._arrays, self._config = (kernel, *factors), config
+        self.shape, self.size = kernel.shape, kernel.size
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return lora.merged_kernel(*(array[index] for array in self._arrays), self._config)
+
+
+def _without_factors(flat: Mapping[str, Any], config: lora.LoraConfig) -> dict[str, Any]:
+    merged = {path: leaf for path, leaf in flat.items() if not lora.is_factor(path)}
+    for path in flat.keys() - merged.keys():
+        at, _, name = path.rpartition("/")
+        if name == lora.A:
+            factors = flat[path], flat[f"{at}/{lora.B}"]
+            merged[f"{at}/kernel"] = _MergedKernel(flat[f"{at}/kernel"], factors, config)
+    return merged
 
 
 def _target(task: Task, tokenizer: Any) -> Target:

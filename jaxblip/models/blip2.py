@@ -18,7 +18,7 @@ from jaxblip.models.attention import (
 from jaxblip.models.bert import PredictionHead
 from jaxblip.models.language_models import (
     LanguageModelConfig,
-    answer_logits,
+    answer_hidden,
     continued_hidden,
     make_language_model,
 )
@@ -79,13 +79,13 @@ class Blip2Stage1(nn.Module):
     ) -> tuple[
         Float[Array, "batch queries embed"],
         Float[Array, "batch embed"],
-        Float[Array, "batch text-1 vocab"],
+        Float[Array, "batch text-1 width"],
     ]:
         """The uni-modal and the multimodal causal pass, packed into one.
 
         Returns:
-          Image embeddings (one a query) and text embeddings, both L2-normalised, and the ITG
-          logits: position t scores the text token t + 1.
+          Image embeddings (one a query) and text embeddings, both L2-normalised, and what
+          `word_logits` reads for ITG: position t scores the text token t + 1.
         """
         num_queries, length = self.qformer_config.num_query_tokens, text_ids.shape[1]
         decoder_ids = text_ids.at[:, 0].set(self.dec_token_id)
@@ -97,8 +97,15 @@ class Blip2Stage1(nn.Module):
             jnp.concatenate([positions, positions]),
         )
         queries, text, decoded = jnp.split(hidden, [num_queries, num_queries + length], axis=1)
-        word_logits = self._word_logits(decoded[:, :-1])  # nothing follows the last token
-        return self._embed_queries(queries), self._embed_text(text), word_logits
+        decoded = decoded[:, :-1]  # nothing follows the last token
+        return self._embed_queries(queries), self._embed_text(text), decoded
+
+    def word_logits(
+        self, hidden: Float[Array, "batch text width"]
+    ) -> Float[Array, "batch text vocab"]:
+        """Scores of the next token, by the word embeddings."""
+        hidden = self.itg_head.transform(hidden)
+        return self.qformer.text_embeddings.attend(hidden) + self.itg_head.bias
 
     def embed_images(self, image: KeyValues) -> Float[Array, "batch queries embed"]:
         """L2-normalised image embeddings, one a query."""
@@ -119,20 +126,15 @@ class Blip2Stage1(nn.Module):
     def __call__(self, images: Images | Tokens, text_ids: TextIds, text_valid: TextValid):
         """Runs every part once; for initialisation."""
         image = self.read_image(self.image_features(images))
-        return (
-            self.contrast_and_caption(image, text_ids, text_valid),
-            self.match(image, text_ids, text_valid),
-        )
+        image_embeds, text_embeds, hidden = self.contrast_and_caption(image, text_ids, text_valid)
+        matched = self.match(image, text_ids, text_valid)
+        return image_embeds, text_embeds, self.word_logits(hidden), matched
 
     def _embed_queries(self, queries):
         return l2_normalize(self.image_projection(queries.astype(jnp.float32)))
 
     def _embed_text(self, text):
         return l2_normalize(self.text_projection(text[:, 0].astype(jnp.float32)))
-
-    def _word_logits(self, hidden):
-        hidden = self.itg_head.transform(hidden)
-        return self.qformer.text_embeddings.attend(hidden) + self.itg_head.bias
 
 
 class Blip2Stage2(nn.Module):
@@ -189,7 +191,15 @@ class Blip2Stage2(nn.Module):
         hidden = self.qformer(image, instruction_ids, mask)
         return self.projection(hidden[:, :num_queries])
 
-    def __call__(
+    def __call__(self, *inputs: Array | None) -> Float[Array, "batch text vocab"]:
+        """Position t scores the text token t; arguments as `hidden`."""
+        return self.logits(self.hidden(*inputs))
+
+    def logits(self, hidden: Float[Array, "batch text lm_width"]):
+        """Scores of the words `[batch, text, vocab]`, by the head of the language model."""
+        return self.language_model.logits(hidden)
+
+    def hidden(
         self,
         images: Images | Tokens,
         text_ids: TextIds,
@@ -198,8 +208,8 @@ class Blip2Stage2(nn.Module):
         input_valid: Bool[Array, "batch input"] | None = None,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
-    ) -> Float[Array, "batch text vocab"]:
-        """Position t scores the text token t.
+    ) -> Float[Array, "batch text lm_width"]:
+        """What `logits` reads: position t scores the text token t.
 
         A decoder-only model reads [visual tokens, text], and the last visual token predicts the
         first text token. Of an encoder-decoder model the encoder reads [visual tokens, input], and
@@ -216,6 +226,6 @@ class Blip2Stage2(nn.Module):
         embeddings = jnp.concatenate([visual.astype(words.dtype), words], axis=1)
         valid = jnp.concatenate([jnp.ones(visual.shape[:2], bool), valid], axis=1)
         if is_encoder_decoder:
-            return answer_logits(self.language_model, embeddings, valid, text_ids)
+            return answer_hidden(self.language_model, embeddings, valid, text_ids)
         hidden = continued_hidden(self.language_model, embeddings, valid)
-        return self.language_model.logits(hidden[:, visual.shape[1] - 1 : -1])
+        return hidden[:, visual.shape[1] - 1 : -1]

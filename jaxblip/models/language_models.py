@@ -63,20 +63,19 @@ def continued_hidden(
     return hidden
 
 
-def answer_logits(
+def answer_hidden(
     language_model: nn.Module,
     embeddings: Float[Array, "batch input width"],
     valid: Bool[Array, "batch input"],
     text_ids: Int[Array, "batch text"],
-) -> Float[Array, "batch text vocab"]:
-    """Scores of a known answer by an encoder-decoder model: position t scores the text token t.
+) -> Float[Array, "batch text width"]:
+    """Decoder states of an encoder-decoder model for a known answer: position t says token t.
 
     Args:
       embeddings: what the encoder reads.
-      text_ids: padded on the right, where scores have no meaning.
+      text_ids: padded on the right, where states have no meaning.
     """
     decoder_ids = shift_right(text_ids, language_model.config.start_token_id)
     # Padding stands behind the text, where no token looks.
     mask = causal_mask(jnp.ones(decoder_ids.shape, bool))
-    hidden = language_model(embeddings, valid, language_model.embed(decoder_ids), mask)
-    return language_model.logits(hidden)
+    return language_model(embeddings, valid, language_model.embed(decoder_ids), mask)

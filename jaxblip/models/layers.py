@@ -8,6 +8,7 @@ so one table of sharding rules places them all. Dropout is active exactly when t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -264,6 +265,24 @@ class PreNormBlock(nn.Module):
             self.mlp_width, self.activation, self.kernel_init, self.dtype, name="mlp"
         )(normed)
         return x + dropout(update), cache
+
+
+# End of a kernel's path -> how many trailing dimensions are inputs and outputs of its linear map.
+# Those before them are the layers of a stack. These are the maps between hidden states: patch
+# embeddings, word embeddings and heads onto classes or words are not among them.
+MATRICES = (
+    (r"(query|key|value)/kernel", 1, 2),  # [width, heads, head_width]
+    (r"out/kernel", 2, 1),  # [heads, head_width, width]
+    (r"(up|gate|down|dense|[a-z_]*projection)/kernel", 1, 1),
+)
+
+
+def matrix_axes(path: str) -> tuple[int, int] | None:
+    """How many inputs and outputs the parameter at `path` has, as in `MATRICES`; or None."""
+    for pattern, inputs, outputs in MATRICES:
+        if re.search(rf"(^|/){pattern}$", path):
+            return inputs, outputs
+    return None
 
 
 def check_heads(config: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,9 +21,10 @@ from jaxblip.planning.hardware import GIB
 from jaxblip.planning.operations import count_operations
 from jaxblip.planning.topologies import Topology
 from jaxblip.tasks import Task, make_task
+from jaxblip.tasks.parts import trains
 from jaxblip.training.initialize import abstract_params
 from jaxblip.training.optimizer import learning_rate, make_optimizer
-from jaxblip.training.state import TrainState, merge_params
+from jaxblip.training.state import Params, TrainState, merge_params
 from jaxblip.training.step import jit_step, make_train_step
 
 # Vocabularies of the published models, for configs that leave them to the tokenizer.
@@ -97,6 +99,14 @@ class Compilation:
         """The resource that sets it."""
         return max(self.times, key=self.times.get, default="")
 
+    def largest_batch(self, accumulation_steps: int = 1) -> int:
+        """Estimated: the largest batch that fits, since all but parameters grows with it; or 0."""
+        each = (self.memory.total - self.memory.state) / self.batch_size
+        room = min(self.memory.capacity, self.memory.total) - self.memory.state
+        parts = self.num_chips // self.mesh["tensor"] * accumulation_steps
+        # Less than would fill the memory to the last byte.
+        return max(0, int(0.95 * room / each)) // parts * parts if each else 0
+
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Compilation:
         return cls(**{**saved, "memory": Memory(**saved["memory"])})
@@ -128,32 +138,51 @@ def _vocabulary(config: ConfigDict, name: str, section: ConfigDict) -> int:
     return BERT_VOCAB + ("dec_token_id" in config.model) + ("enc_token_id" in config.model)
 
 
-def abstract_step(config: ConfigDict, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple:
-    """(task, optimizer, state, frozen parameters, batch), all of them shapes."""
-    task, optimizer = make_task(config), make_optimizer(config)
-    trainable, frozen = abstract_params(task)
-    state = jax.eval_shape(
-        lambda params: TrainState.create(params, optimizer, jax.random.key(0)), trainable
-    )
-    return task, optimizer, state, frozen, task.batch_shapes(config.batch_size)
+@dataclasses.dataclass(frozen=True)
+class AbstractStep:
+    """What a training step takes, as shapes: nothing is computed, read or downloaded."""
 
+    task: Task
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Params
+    batch: dict[str, jax.ShapeDtypeStruct]
 
-def state_memory(config: ConfigDict, sizes: Mapping[str, int]) -> Memory:
-    """Bytes of a chip of what is there before a step; nothing is compiled.
+    @classmethod
+    def of(cls, config: ConfigDict) -> AbstractStep:
+        """Those of a config with its vocabularies (`with_full_vocabulary`)."""
+        task, optimizer = make_task(config), make_optimizer(config)
+        trainable, frozen = abstract_params(task)
+        state = jax.eval_shape(
+            lambda params: TrainState.create(params, optimizer, jax.random.key(0)), trainable
+        )
+        return cls(task, optimizer, state, frozen, task.batch_shapes(config.batch_size))
 
-    Args:
-      sizes: of all axes of the mesh, none of them -1.
-    """
-    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    _, _, state, frozen, batch = abstract_step(config, mesh)
-    rows = math.prod(sizes[axis] for axis in sharding.BATCH_AXES)
-    of_batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch.values())
-    return Memory(
-        trainable=_bytes(state.params, mesh),
-        optimizer=_bytes(state.opt_state, mesh),
-        frozen=_bytes(frozen, mesh),
-        batch=of_batch // rows,
-    )
+    def memory(self, sizes: Mapping[str, int]) -> Memory:
+        """Bytes of a chip of what is there before a step, by the sharding rules.
+
+        Args:
+          sizes: of all axes of the mesh, none of them -1.
+        """
+        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        of_batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.batch.values())
+        return Memory(
+            trainable=_bytes(self.state.params, mesh),
+            optimizer=_bytes(self.state.opt_state, mesh),
+            frozen=_bytes(self.frozen, mesh),
+            batch=of_batch // sharding.batch_shards(mesh),
+        )
+
+    def operations(self) -> int:
+        """Of the model in a step, forwards and backwards, without what is computed again."""
+
+        def loss(trainable, frozen, batch, rng):
+            return self.task.loss(merge_params(trainable, frozen), batch, rng).loss
+
+        rng = jax.eval_shape(lambda: jax.random.key(0))
+        return count_operations(
+            jax.grad(loss), self.state.params, self.frozen, self.batch, rng
+        )
 
 
 def _bytes(tree: Any, mesh: Any) -> int:
@@ -182,30 +211,29 @@ def compile_step(
     devices = topologies.devices(topology) if devices is None else devices
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch_size(config.batch_size, mesh, config.optimizer.accumulation_steps)
-    task, optimizer, state, frozen, batch = abstract_step(config, mesh)
+    parts = AbstractStep.of(config)
     step = jit_step(
         make_train_step(
-            task, optimizer, learning_rate(config), config.optimizer.accumulation_steps
+            parts.task, parts.optimizer, learning_rate(config), config.optimizer.accumulation_steps
         ),
-        sharding.tree_shardings(state, mesh),
-        sharding.tree_shardings(frozen, mesh),
+        sharding.tree_shardings(parts.state, mesh),
+        sharding.tree_shardings(parts.frozen, mesh),
         sharding.batch_sharding(mesh),
     )
-    chip = topology.chip or topologies.chip_at_hand()
-    memory = state_memory(config, dict(mesh.shape))
-    memory = dataclasses.replace(memory, capacity=chip.capacity if chip else 0)
+    memory = parts.memory(mesh.shape)
     found = Compilation(
         topology.name,
         mesh.size,
         dict(mesh.shape),
         config.batch_size,
         remat_of(config),
-        memory,
-        _operations(task, state.params, frozen, batch),
+        dataclasses.replace(memory, capacity=topologies.capacity(topology)),
+        parts.operations(),
     )
     begin = time.perf_counter()
-    lowered = step.trace(state, frozen, batch).lower(lowering_platforms=(topology.platform,))
-    traced = time.perf_counter()
+    traced = step.trace(parts.state, parts.frozen, parts.batch)
+    lowered = traced.lower(lowering_platforms=(topology.platform,))
+    lowered_at = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -214,8 +242,8 @@ def compile_step(
         found = _too_large(found, str(error))
     else:
         found = _measured(found, topology, mesh, compiled)
-    compile_s = time.perf_counter() - traced
-    return dataclasses.replace(found, trace_s=traced - begin, compile_s=compile_s)
+    end = time.perf_counter()
+    return dataclasses.replace(found, trace_s=lowered_at - begin, compile_s=end - lowered_at)
 
 
 def _measured(found: Compilation, topology: Topology, mesh: Mesh, compiled: Any) -> Compilation:
@@ -253,14 +281,6 @@ def _too_large(found: Compilation, message: str) -> Compilation:
     return dataclasses.replace(found, memory=memory, problem="does not fit")
 
 
-def _operations(task: Task, trainable: Any, frozen: Any, batch: Any) -> int:
-    def loss(trainable, frozen, batch, rng):
-        return task.loss(merge_params(trainable, frozen), batch, rng).loss
-
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    return count_operations(jax.grad(loss), trainable, frozen, batch, rng)
-
-
 # Rematerialisation
 
 
@@ -271,7 +291,7 @@ def remat_sections(config: ConfigDict) -> list[str]:
         for name, section in config.model.items()
         # A frozen image encoder comes before all that trains: it has no backward pass.
         if "remat" in getattr(section, "keys", tuple)()
-        and not (name == "vision" and "vision" in config.frozen)
+        and not (name == "vision" and not trains(config, "vision"))
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 
@@ -268,6 +267,11 @@ def _array_bytes(each: Instruction, kind: str, group_size: int) -> int:
     return size * group_size if kind == "reduce-scatter" else size
 
 
+# [groups, devices]<=[sizes]T(permutation), and the axes of a mesh over which a group runs.
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+
+
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     """The first group of devices; of a permutation the first pair that differs."""
     if pairs := re.search(r"source_target_pairs=\{([\d{},]*)\}", attributes):
@@ -276,17 +280,16 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
         return next(different, (0,))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, listed[1].split(",")))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    if iota := _IOTA.search(attributes):
         sizes = [int(size) for size in iota[3].split(",")]
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         if iota[4]:
             ids = ids.transpose([int(axis) for axis in iota[4].split(",")])
         return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\[?([^\]\s]*)\]?)? ?\{([^}]*)\}",
-                         attributes):  # fmt: skip
+    if mesh := _MESH.search(attributes):
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-        names = re.findall(r"'([^']+)'", mesh[3])
+        names = re.findall(r"'([^']+)'", mesh[2])
         chosen = tuple(slice(None) if axis in names else 0 for axis in axes)
         return tuple(np.ravel(ids[chosen]).tolist())
     return tuple(range(num_devices))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ from jaxblip import sharding
 from jaxblip.errors import UserError
 from jaxblip.models.layers import REMAT_POLICIES
 from jaxblip.planning import compilation, topologies
-from jaxblip.planning.compilation import Compilation, Memory
+from jaxblip.planning.compilation import AbstractStep, Compilation, Memory
 from jaxblip.planning.topologies import Topology
 from jaxblip.planning.worker import compile_apart
 
@@ -61,6 +63,7 @@ class Plan:
     Attributes:
       asked: None where the config's batch cannot be split over its mesh, as `note` says.
       tried: `asked` first.
+      parts: of the model that have a rematerialisation policy.
     """
 
     topology: str
@@ -68,6 +71,7 @@ class Plan:
     steps: int
     asked: Compilation | None
     tried: tuple[Compilation, ...]
+    parts: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -88,7 +92,7 @@ def plan(
     *,
     tries: int = 3,
     is_asked_mesh: bool = False,
-    compile_step: Compile = compile_apart,
+    compile_step: Compile | None = None,
 ) -> Plan:
     """Compiles the step as the config has it, and others where it does not fit or waits.
 
@@ -96,13 +100,16 @@ def plan(
       config: of a run; sizes of vocabularies that it leaves open become those of published models.
       tries: compilations besides that of the config.
       is_asked_mesh: the mesh is the user's wish, so that a batch which it cannot split is an error.
-      compile_step: of a config on a topology.
+      compile_step: of a config on a topology; by default in a process of its own, but for the
+        devices at hand.
 
     Raises:
       UserError: the mesh wastes devices, or the config cannot be used.
     """
     config = compilation.with_full_vocabulary(config)
     topologies.check_installed(topology)
+    if compile_step is None:
+        compile_step = compile_apart if topology.chip else compilation.compile_step
     num_chips = topology.num_chips
     sizes = sharding.mesh_sizes(config.mesh, num_chips)
     asked = Setting(tuple(sizes.values()), compilation.remat_of(config), config.batch_size)
@@ -124,7 +131,13 @@ def plan(
             break
         tried.append(search.compile(following, compile_step))
     return Plan(
-        topology.name, num_chips, config.steps, None if note else tried[0], tuple(tried), note
+        topology.name,
+        num_chips,
+        config.steps,
+        None if note else tried[0],
+        tuple(tried),
+        tuple(compilation.remat_sections(config)),
+        note,
     )
 
 
@@ -139,14 +152,15 @@ class _Search:
     def __init__(self, config: ConfigDict, topology: Topology, asked: Setting):
         self.config, self.topology, self.asked = config, topology, asked
         self.done: dict[Setting, Compilation] = {}
+        self.step = AbstractStep.of(config)
         self.memory: dict[tuple[int, ...], Memory] = {}
-        self.capacity = topology.chip.capacity if topology.chip else 0
+        self.capacity = topologies.capacity(topology)
         self.whole = self.state((1, 1, 1))
 
     def state(self, mesh: tuple[int, int, int]) -> Memory:
         if mesh not in self.memory:
             sizes = dict(zip(sharding.AXES, mesh, strict=True))
-            self.memory[mesh] = compilation.state_memory(self.config, sizes)
+            self.memory[mesh] = self.step.memory(sizes)
         return self.memory[mesh]
 
     def compile(self, setting: Setting, compile_step: Compile) -> Compilation:
@@ -235,7 +249,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _activation_bytes(config: ConfigDict) -> float:
-    """Bytes an example that `tensor` sums: twice a block, there and back, forwards and backwards."""
+    """Bytes an example that `tensor` sums: twice a block, forwards and backwards."""
     total = 0.0
     for name, section in config.model.items():
         if not hasattr(section, "keys") or "num_layers" not in section:
@@ -255,3 +269,29 @@ def schedule(each: Compilation, steps: int) -> Mapping[str, float]:
     """What the whole run takes at least: `days` and `chip_hours`."""
     seconds = each.step_s * steps
     return {"days": seconds / 86_400, "chip_hours": seconds * each.num_chips / 3600}
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    """`data=16,fsdp=16` as sizes; an axis that is not named has size 1.
+
+    Raises:
+      UserError: it is not of this form.
+    """
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdigit():
+            raise UserError(
+                f"--mesh={text} is no mesh: name sizes of {', '.join(sharding.AXES)}, as in "
+                "--mesh=data=16,fsdp=16; -1 for one of them is the rest."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def write_json(path: str, value: object) -> None:
+    """Writes it, or ends with a sentence."""
+    try:
+        Path(path).write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}.") from error

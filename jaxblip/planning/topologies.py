@@ -112,7 +112,9 @@ def check_installed(topology: Topology) -> None:
             return
     command = INSTALL[topology.chip.kind].format(jax.__version__)
     what = {"tpu": "libtpu", "gpu": "JAX's CUDA plugin"}[topology.chip.kind]
-    raise UserError(f"Planning for {topology.name} compiles with {what}, which is missing: {command}")
+    raise UserError(
+        f"Planning for {topology.name} compiles with {what}, which is missing: {command}"
+    )
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
@@ -139,6 +141,13 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
 def chip_at_hand() -> Chip | None:
     """What the data sheets say of the devices at hand; None for CPUs and what is not known."""
     return by_device_kind(jax.devices()[0].device_kind)
+
+
+def capacity(topology: Topology) -> int:
+    """Bytes of memory that a program may use on a chip; 0 where that is not known, as of a CPU."""
+    if topology.chip is not None:
+        return topology.chip.capacity
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 # The network

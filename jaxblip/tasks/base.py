@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from jaxblip.data.choices import INTERPOLATIONS, RESIZES
 from jaxblip.errors import UserError
+from jaxblip.models.lora import adapted, with_factors
+from jaxblip.tasks.parts import lora_config, trains
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -52,6 +54,7 @@ class Task(abc.ABC):
       fields: the batch fields that the loss reads; they may depend on the config.
       frozen: path prefixes of the parameters that do not train, unless the config says otherwise.
       model: the network; its parameter tree has the parts `vision`, `qformer`, … on top.
+      lora: which of its linear maps have low-rank factors.
     """
 
     fields: tuple[str, ...]
@@ -61,8 +64,9 @@ class Task(abc.ABC):
     def __init__(self, config: ConfigDict):
         """Builds the network; UserError where the fields of `config` do not fit each other."""
         self.config = config
+        self.lora = lora_config(config)
         self._check()
-        self.model = self.build_model()
+        self.model = adapted(self.build_model(), self.lora)
 
     def _check(self) -> None:
         for field in ("compute_dtype", "frozen_dtype"):
@@ -71,10 +75,11 @@ class Task(abc.ABC):
                     f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
                 )
         data = self.config.data
-        if data.get("features") and "vision" not in self.config.frozen:
+        if data.get("features") and trains(self.config, "vision"):
             raise UserError(
                 f"data.features={data.features!r} is the output of an image encoder that stays as "
-                "it is, but here it trains: add vision to config.frozen, or set "
+                "it is, but here it trains: add vision to config.frozen (and let neither "
+                "config.trainable nor config.lora.parts name it), or set "
                 "--config.data.features= to read images."
             )
         for field, known in (("resize", RESIZES), ("interpolation", INTERPOLATIONS)):
@@ -87,11 +92,12 @@ class Task(abc.ABC):
                 f"data.pixel_std={tuple(data.pixel_std)} must be positive, since pixels are "
                 "divided by it: SigLIP has 0.5,0.5,0.5."
             )
-        if self.config.loss.get("itc_block_size", 0) < 0:
-            raise UserError(
-                f"loss.itc_block_size={self.config.loss.itc_block_size} must be a number of texts, "
-                "or 0 for all at once."
-            )
+        for field, unit in (("itc_block_size", "texts"), ("vocab_chunk", "tokens of a text")):
+            if self.config.loss.get(field, 0) < 0:
+                raise UserError(
+                    f"loss.{field}={self.config.loss[field]} must be a number of {unit}, or 0 for "
+                    "all at once."
+                )
         for section, model in self.config.model.items():
             of_instruction = section == "qformer" and "max_instruction_tokens" in data
             field = "max_instruction_tokens" if of_instruction else "max_text_tokens"
@@ -163,7 +169,8 @@ class Task(abc.ABC):
         fields = ["image" if field == self.image_field else field for field in self.fields]
         shapes = self.batch_shapes(1, fields)
         batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items()}
-        return self.model.init(rng, *self.model_inputs(batch))["params"]
+        params = self.model.init(rng, *self.model_inputs(batch))["params"]
+        return with_factors(params, self.lora, jax.random.fold_in(rng, 1))
 
     def model_inputs(self, batch: Batch) -> tuple[Array, ...]:
         """The batch as the arguments of the model's `__call__`."""

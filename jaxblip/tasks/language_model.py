@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxblip.errors import UserError
-from jaxblip.losses.language_modeling import token_cross_entropy
+from jaxblip.losses.language_modeling import chunked_token_cross_entropy, token_cross_entropy
 from jaxblip.models.language_models import (
     LanguageModelConfig,
-    answer_logits,
+    answer_hidden,
     continued_hidden,
     make_language_model,
 )
@@ -27,8 +29,16 @@ class TextModel(nn.Module):
     def setup(self):
         self.language_model = make_language_model(self.config, self.dtype)
 
-    def __call__(self, text_ids, text_valid, *others):
-        """Logits `[batch, text, vocab]`.
+    def __call__(self, *texts):
+        """Scores of the words `[batch, text, vocab]`; arguments as `hidden`."""
+        return self.logits(self.hidden(*texts))
+
+    def logits(self, hidden):
+        """Scores of the words, by the head of the language model."""
+        return self.language_model.logits(hidden)
+
+    def hidden(self, text_ids, text_valid, *others):
+        """What `logits` reads, `[batch, text, width]`.
 
         Of a decoder-only model, position t scores the token t + 1; of an encoder-decoder model,
         whose encoder reads the input, the token t.
@@ -40,9 +50,8 @@ class TextModel(nn.Module):
         model = self.language_model
         if self.config.is_encoder_decoder:
             input_ids, input_valid = others
-            return answer_logits(model, model.embed(input_ids), input_valid, text_ids)
-        hidden = continued_hidden(model, model.embed(text_ids), text_valid, *others)
-        return model.logits(hidden)
+            return answer_hidden(model, model.embed(input_ids), input_valid, text_ids)
+        return continued_hidden(model, model.embed(text_ids), text_valid, *others)
 
 
 class LanguageModelTask(Task):
@@ -78,7 +87,11 @@ class LanguageModelTask(Task):
         return TextModel(language_model_config(self.config), self.dtype)
 
     def loss(self, params, batch, rng) -> LossOutput:
-        tokens = token_cross_entropy(*self._scored(params, *self.model_inputs(batch), rng=rng))
+        tokens = chunked_token_cross_entropy(
+            partial(self.apply, params, method="logits"),
+            *self._scored(params, *self.model_inputs(batch), rng=rng),
+            chunk=self.config.loss.vocab_chunk,
+        )
         metrics = {"lm": tokens.loss, "token_accuracy": tokens.accuracy}
         return LossOutput(tokens.loss, tokens.num_tokens, metrics)
 
@@ -88,17 +101,19 @@ class LanguageModelTask(Task):
         Args:
           texts: the arrays of `fields`, in their order.
         """
-        scored = (array[:, None] for array in self._scored(params, *texts))
-        rows = jax.vmap(token_cross_entropy)(*scored)
+        hidden, *others = self._scored(params, *texts)
+        logits = self.apply(params, hidden, method="logits")
+        rows = jax.vmap(token_cross_entropy)(*(array[:, None] for array in (logits, *others)))
         sums = [rows.loss * rows.num_tokens, rows.accuracy * rows.num_tokens, rows.num_tokens]
         return jnp.stack(sums, axis=1)
 
     def _scored(self, params, *texts, rng=None):
-        """Logits, the tokens that they score, and which of them count: `[batch, tokens, ...]`."""
-        logits, (text_ids, text_mask, *others) = self.apply(params, *texts, rng=rng), texts
+        """What scores tokens, these tokens, and which of them count: `[batch, tokens, ...]`."""
+        text_ids, text_mask, *others = texts
+        hidden = self.apply(params, *texts, method="hidden", rng=rng)
         if self.model.config.is_encoder_decoder:
-            return logits, text_ids, text_mask
+            return hidden, text_ids, text_mask
         counts = text_mask[:, 1:]
         for segment_ids in others:  # of packed rows, where no text continues the one before
             counts = counts & (segment_ids[:, 1:] == segment_ids[:, :-1])
-        return logits[:, :-1], text_ids[:, 1:], counts
+        return hidden[:, :-1], text_ids[:, 1:], counts

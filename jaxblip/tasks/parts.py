@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
 from jaxblip.models.language_models import LanguageModelConfig, config_class
+from jaxblip.models.lora import LoraConfig
 from jaxblip.models.med import MedConfig
 from jaxblip.models.qformer import QFormerConfig
 from jaxblip.models.vit import VitConfig
@@ -49,6 +50,28 @@ def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> Lan
     if is_frozen and "dropout" in fields:
         fields["dropout"] = 0.0
     return kind(**fields)
+
+
+def lora_config(config: ConfigDict) -> LoraConfig:
+    """The low-rank factors of a run.
+
+    Raises:
+      UserError: a part that is to have some trains itself.
+    """
+    lora = LoraConfig(**config.lora)
+    for part in lora.parts if lora.rank else ():
+        if not any(f"{part}/".startswith(f"{prefix}/") for prefix in config.frozen):
+            raise UserError(
+                f"lora.parts has {part!r}, which trains itself: add it to config.frozen, or take "
+                "it out of lora.parts."
+            )
+    return lora
+
+
+def trains(config: ConfigDict, part: str) -> bool:
+    """Whether anything in a part of the parameter tree trains, be it only low-rank factors."""
+    exceptions = [path for path in config.trainable if path.split("/")[0] == part]
+    return part not in config.frozen or bool(exceptions) or LoraConfig(**config.lora).has(part)
 
 
 def language_model_section(architecture: str, **values) -> ConfigDict:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from jaxblip.losses.language_modeling import token_cross_entropy
+from jaxblip.losses.language_modeling import chunked_token_cross_entropy
 from jaxblip.models.blip2 import Blip2Stage1
 from jaxblip.tasks.base import LossOutput
 from jaxblip.tasks.parts import qformer_config, vision_config
@@ -40,16 +42,18 @@ class Stage1Task(RetrievalTask):
         images, text_ids, text_mask = self.model_inputs(batch)
         features = self.apply(params, images, method="image_features")
         image = self.apply(params, features, method="read_image")
-        image_embeds, text_embeds, word_logits = self.apply(
+        image_embeds, text_embeds, hidden = self.apply(
             params, image, text_ids, text_mask, method="contrast_and_caption", rng=packed_rng
         )
         itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)
         itm, itm_accuracy = self._matching(params, image, batch, negatives, match_rng)
-        itg = token_cross_entropy(
-            word_logits,
+        itg = chunked_token_cross_entropy(
+            partial(self.apply, params, method="word_logits"),
+            hidden,
             text_ids[:, 1:],
             text_mask[:, 1:],
             label_smoothing=config.itg_label_smoothing,
+            chunk=config.vocab_chunk,
         )
         loss = (
             config.itc_weight * itc + config.itm_weight * itm + config.itg_weight * itg.loss

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxblip.errors import UserError
-from jaxblip.losses.language_modeling import token_cross_entropy
+from jaxblip.losses.language_modeling import chunked_token_cross_entropy
 from jaxblip.models.blip2 import Blip2Stage2
 from jaxblip.models.language_models import make_language_model
+from jaxblip.models.lora import adapted
 from jaxblip.tasks.base import LossOutput, Task
 from jaxblip.tasks.parts import language_model_config, qformer_config, vision_config
 
@@ -58,14 +60,17 @@ class Stage2Task(Task):
 
     def loss(self, params, batch, rng) -> LossOutput:
         text_ids, counts = batch["text_ids"], batch["text_mask"]
-        logits = self.apply(params, *self.model_inputs(batch), rng=rng)
+        hidden = self.apply(params, *self.model_inputs(batch), method="hidden", rng=rng)
         if "prompt_length" in batch:
             counts = counts & (jnp.arange(text_ids.shape[1]) >= batch["prompt_length"][:, None])
-        tokens = token_cross_entropy(logits, text_ids, counts)
+        score = partial(self.apply, params, method="logits")
+        chunk = self.config.loss.vocab_chunk
+        tokens = chunked_token_cross_entropy(score, hidden, text_ids, counts, chunk=chunk)
         metrics = {"lm": tokens.loss, "token_accuracy": tokens.accuracy}
         return LossOutput(tokens.loss, tokens.num_tokens, metrics)
 
     @property
     def language_model(self) -> nn.Module:
         """The language model by itself, as decoding wants it."""
-        return make_language_model(self.model.language_model_config, self.dtype)
+        model = make_language_model(self.model.language_model_config, self.dtype)
+        return adapted(model, self.lora)

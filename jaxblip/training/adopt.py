@@ -1,7 +1,7 @@
-"""What a run takes over from the published weights that it starts from, beside their values.
+"""What a run takes over from the weights that it starts from, beside their values.
 
-These are the sizes of the model's parts, how pixels are normalised, and the tokenizer. Runs as
-sources give values only; what `jaxblip convert` wrote counts as published.
+These are the sizes of the model's parts, how pixels are normalised, and the tokenizer, of published
+weights as of other runs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from jaxblip.training.sources import (
     PARTS,
     is_converted,
     is_published,
+    is_run,
     shared_parts,
 )
 
@@ -100,8 +101,13 @@ class _Source:
     tokenizers: Mapping[str, Callable[[], Any]]
 
 
+def has_sizes(source: str) -> bool:
+    """Whether a field of `config.init` names something that decides sizes."""
+    return is_published(source) or is_run(source)
+
+
 def adopt_sources(config: ConfigDict) -> Adopted:
-    """The config with the sizes of the published weights that `config.init` names.
+    """The config with the sizes of the weights that `config.init` names.
 
     Raises:
       UserError: a source cannot be read or lacks the part that it is named for, or a field that
@@ -115,7 +121,7 @@ def adopt_sources(config: ConfigDict) -> Adopted:
     tokenizers, lines = {}, []
     for field in (ALL, *PARTS):  # what is named for a part counts more
         name = config.init.get(field, "")
-        if not is_published(name) and not is_converted(name):
+        if not has_sizes(name):
             continue
         source = _describe(name)
         with config.unlocked():
@@ -243,7 +249,7 @@ def _check(
 
 
 def _describe(name: str) -> _Source:
-    return _converted(name) if is_converted(name) else _published(name)
+    return _of_run(name) if is_run(name) else _published(name)
 
 
 def _published(name: str) -> _Source:
@@ -268,7 +274,7 @@ def _published(name: str) -> _Source:
     )
 
 
-def _converted(name: str) -> _Source:
+def _of_run(name: str) -> _Source:
     saved = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
     model, task = saved["model"], saved["task"]
     folders = {TOKENIZER_OF[task]: TOKENIZER_FOLDER}
@@ -281,7 +287,7 @@ def _converted(name: str) -> _Source:
         {section: fields for section, fields in model.items() if isinstance(fields, dict)},
         {field: value for field, value in model.items() if not isinstance(value, dict)},
         ImageProcessing.of_run(config_from_dict(saved).data).data_fields(),
-        task == "clip",
+        task == "clip" and is_converted(name),
         {
             section: partial(load_tokenizer, str(Path(name) / folder))
             for section, folder in folders.items()

@@ -32,6 +32,7 @@ from jaxblip.data.samples import BadSample, Source, counts_as_text
 from jaxblip.errors import RunStopped, UserError
 from jaxblip.models.vit import VisionTransformer
 from jaxblip.tasks import FROM_FEATURES, Task, make_task
+from jaxblip.tasks.parts import trains
 from jaxblip.training.adopt import adopt_sources
 from jaxblip.training.initialize import frozen_params
 from jaxblip.training.state import Params
@@ -134,7 +135,7 @@ def _check(config: ConfigDict, to: str, views: int) -> None:
             f"The task {config.task} does not train from image features: those of "
             f"{', '.join(FROM_FEATURES)} do."
         )
-    if "vision" not in config.frozen:
+    if trains(config, "vision"):
         raise UserError(
             "The image encoder trains (config.frozen has no vision), so that its output changes "
             "with each step: add vision to config.frozen."
@@ -260,7 +261,7 @@ def _check_space(job: _Job, say: Callable[[str], None]) -> None:
     say(
         f"{images:,} images of {job.settings['examples']:,} examples, {job.views} "
         f"view{'s' * (job.views > 1)} of {tokens} x {width} values each: "
-        f"{_size(images * of_image)} in {len(edges) - 1:,} shards"
+        f"{_size(images * of_image)} in {len(edges) - 1:,} shard{'s' * (len(edges) > 2)}"
         + f", of which {written:,} are written already" * bool(written)
         + f"; {_size(free)} are free in {job.folder.path}."
     )
@@ -387,6 +388,7 @@ class _Tally:
     def __init__(self, job: _Job, images: int, say: Callable[[str], None]):
         self._job, self._images, self._say = job, images, say
         self._rows, self._bad, self._converted = 0, Counter(), Counter()
+        self._first_bad = ""
         self._begin = self._said = time.monotonic()
 
     def add(
@@ -405,13 +407,14 @@ class _Tally:
         self._converted.update(converted)
         for row, (_, reason, detail) in bad.items():
             self._bad[reason] += row % self._job.views == 0
+            self._first_bad = self._first_bad or detail
         examined, limit = self._rows // self._job.views, self._job.config.data.max_bad_share
         judged = examined >= min(_MIN_EXAMINED, self._images)
-        if bad and judged and self._bad.total() > limit * examined:
+        if judged and self._bad.total() > limit * examined:
             raise RunStopped(
                 f"{self._bad.total()} of {examined} images were bad: {counts_as_text(self._bad)}, "
-                f"above data.max_bad_share={limit:g}; one of them: {detail}; fix the data or raise "
-                "data.max_bad_share"
+                f"above data.max_bad_share={limit:g}; one of them: {self._first_bad}; fix the data "
+                "or raise data.max_bad_share"
             )
         now = time.monotonic()
         if now - self._said >= _PROGRESS_S:

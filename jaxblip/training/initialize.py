@@ -32,8 +32,9 @@ References = dict[str, dict[str, str]]
 def abstract_params(task: Task) -> tuple[Params, Params]:
     """Shapes of the trainable and of the frozen parameters; nothing is computed."""
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    trainable, frozen = split_params(shapes, tuple(task.config.frozen))
-    return trainable, jax.eval_shape(lambda t: cast_frozen(t, task.config.frozen_dtype), frozen)
+    config = task.config
+    trainable, frozen = split_params(shapes, tuple(config.frozen), tuple(config.trainable))
+    return trainable, jax.eval_shape(lambda t: cast_frozen(t, config.frozen_dtype), frozen)
 
 
 def initial_trainable(task: Task, mesh: Mesh) -> Params:

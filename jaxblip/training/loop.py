@@ -14,7 +14,8 @@ from jaxblip import sharding
 from jaxblip.data import inputs
 from jaxblip.data.features import check_encoder
 from jaxblip.data.pipeline import TrainBatches
-from jaxblip.evaluation.evaluate import Evaluation
+from jaxblip.evaluation.evaluate import Evaluations
+from jaxblip.planning.shortage import explained_shortage
 from jaxblip.training.checkpoints import Checkpoints
 from jaxblip.training.initialize import frozen_params
 from jaxblip.training.monitor import Monitor
@@ -41,9 +42,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     setup = prepare(config, workdir)
     config, mesh = setup.config, setup.mesh
-    evaluation = None
-    if config.eval.source:
-        evaluation = Evaluation(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
+    evaluations = Evaluations(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
     frozen, references = frozen_params(setup.task, mesh)
     if config.data.get("features"):
         check_encoder(setup.sources, references["vision"])
@@ -60,15 +59,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         batches = stack.enter_context(_batches(setup, position))
         monitor = stack.enter_context(Monitor(config, workdir, step))
         must_stop = stack.enter_context(_stop_signal(saved))
-        for line in _description(setup, state, frozen, evaluation):
+        for line in _description(setup, state, frozen, evaluations):
             monitor.message(line)
 
         def evaluation_due() -> bool:
             every = config.eval.every_steps
-            return evaluation is not None and (step == config.steps or _is_due(step, every))
+            return bool(evaluations) and (step == config.steps or _is_due(step, every))
 
         def evaluate() -> dict[str, float]:
-            results = evaluation.run(state.params, frozen)
+            results = evaluations.run(state.params, frozen)
             monitor.log_evaluation(step, results)
             return results
 
@@ -79,7 +78,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         while step < config.steps:
             with monitor.waiting():
                 batch = next(batches)
-            state, metrics = train_step(state, frozen, sharding.put_batch(batch, mesh))
+            with explained_shortage(config):
+                state, metrics = train_step(state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             monitor.after_step(step, metrics)
             keep_files()  # of a start that fails before its first step nothing is left
@@ -146,7 +146,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _description(
-    setup: Setup, state: TrainState, frozen: Params, evaluation: Evaluation | None
+    setup: Setup, state: TrainState, frozen: Params, evaluations: Evaluations
 ) -> Iterator[str]:
     """What the run is, in a few lines."""
 
@@ -160,7 +160,6 @@ def _description(
         f"frozen; {mesh.size} {mesh.devices.flat[0].platform} device(s), mesh {axes}."
     )
     yield from sharding.replicated_report(state.params, mesh)
-    if evaluation is not None:
-        yield evaluation.describe()
+    yield from evaluations.describe()
     beginning = "Resuming at" if step else "Starting from"
     yield f"{beginning} step {step} of {config.steps} in {setup.workdir}."

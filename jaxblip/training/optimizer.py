@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
 from jaxblip.errors import UserError
+from jaxblip.models.layers import matrix_axes
 
 # Decided by name and not by rank: scanned stacks add a leading dimension, and the biases of
 # attention are [heads, head_width].
 NOT_DECAYED = ("bias", "scale")
+
+# Parameters that stand before the first layer of a part. What is in no layer and is not among them,
+# such as a final norm or a head, stands behind the last one.
+EMBEDDINGS = re.compile(
+    r"(^|/)([a-z]+_embeddings?|cls_token|query_tokens|latents|embedding_norm|pre_norm|"
+    r"relative_position_bias)(/|$)"
+)
+# Parameters with layers on axis 0: those of stacks, and keys and values that a layer is given.
+STACKS = re.compile(r"(^|/)(layers|groups|[a-z]+_key_values)/")
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -74,11 +85,19 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
         raise UserError(
             f"optimizer.name={optimizer.name!r} is none of {', '.join(DIRECTIONS)}: choose one."
         )
+    decay = {part: value for part, value in optimizer.layer_decay.items() if value != 1.0}
+    for part, value in decay.items():
+        if not 0 < value < 1:
+            raise UserError(
+                f"optimizer.layer_decay.{part}={value} must be above 0 and at most 1, where it is "
+                "off."
+            )
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm > 0 else []
     return optax.chain(
         *clip,
         DIRECTIONS[optimizer.name](optimizer),
         optax.add_decayed_weights(optimizer.weight_decay, mask=weight_decay_mask),
+        *([_scale_by_layer(decay)] if decay else []),
     )
 
 
@@ -105,25 +124,90 @@ def _muon(optimizer: ConfigDict) -> optax.GradientTransformation:
 
 DIRECTIONS: dict[str, Callable] = {"adamw": _adam, "muon": _muon}
 
-# End of a kernel's path -> how many trailing dimensions are inputs and outputs of its linear map.
-# Those before them are the layers of a stack. Muon is for the maps between hidden states: patch
-# embeddings, word embeddings and heads onto classes or words keep Adam.
-MATRICES = (
-    (r"(query|key|value)/kernel", 1, 2),  # [width, heads, head_width]
-    (r"out/kernel", 2, 1),  # [heads, head_width, width]
-    (r"(up|gate|down|dense|[a-z_]*projection)/kernel", 1, 1),
-)
+
+def layer_factors(params: Any, decay: Mapping[str, float]) -> Any:
+    """The same tree: what each parameter's learning rate is multiplied by.
+
+    Layer-wise decay as in BEiT (arXiv 2106.08254, §3.2): of a part with L layers and decay d,
+    layer i (from 0) has d ** (L - i), what stands before the layers d ** (L + 1), and what stands
+    behind them 1, as every other part has. LAVIS, from which the fine-tuning of BLIP-2 has the
+    formula, computes the factors and never applies them.
+
+    Args:
+      params: of all parts, or of those that train; a stack has its layers on axis 0.
+      decay: of some parts, by the name that they have on top of the tree.
+
+    Returns:
+      Scalars, and for stacks arrays that broadcast along axis 0.
+
+    Raises:
+      UserError: no layer of a part is among `params`.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    depths = {part: _num_layers(part, leaves) for part in decay}
+
+    def factor(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        part = name.partition("/")[0]
+        if part not in decay:
+            return 1.0
+        if STACKS.search(name):
+            # Of the Q-Former, an element of axis 0 is a group of blocks.
+            block = re.search(r"/block_(\d+)/", name)
+            blocks = _blocks_per_layer(part, leaves)
+            layers = np.arange(leaf.shape[0]) * blocks + int(block[1] if block else 0)
+            factors = decay[part] ** (leaf.shape[0] * blocks - layers)
+            return factors.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+        return decay[part] ** (depths[part] + 1) if EMBEDDINGS.search(name) else 1.0
+
+    return jax.tree.map_with_path(factor, params)
+
+
+def _scale_by_layer(decay: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_factors`; behind weight decay, which goes by the rate as well."""
+
+    def init(params: Any) -> optax.EmptyState:
+        layer_factors(params, decay)  # says early what cannot be
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None):
+        return jax.tree.map(lambda u, f: u * f, updates, layer_factors(updates, decay)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _num_layers(part: str, leaves: Mapping[str, Any]) -> int:
+    """Of the deepest stack of a part."""
+    inside = [
+        leaf.shape[0]
+        for name, leaf in leaves.items()
+        if name.startswith(f"{part}/") and STACKS.search(name)
+    ]
+    if not inside:
+        raise UserError(
+            f"optimizer.layer_decay.{part} is about the layers of {part}, of which none trains: "
+            f"take {part} out of config.frozen, or set --config.optimizer.layer_decay.{part}=1."
+        )
+    return max(inside) * _blocks_per_layer(part, leaves)
+
+
+def _blocks_per_layer(part: str, leaves: Mapping[str, Any]) -> int:
+    pattern = re.compile(rf"^{part}/.*\bblock_(\d+)/")
+    return max((int(found[1]) + 1 for found in map(pattern.match, leaves) if found), default=1)
 
 
 def matrix_dimensions(params: Any) -> Any:
     """The same tree: which axes of a parameter Muon takes as rows and columns, None for Adam."""
 
     def dimensions(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, inputs, outputs in MATRICES:
-            if re.search(rf"(^|/){pattern}$", name):
-                axes = tuple(range(leaf.ndim - inputs - outputs, leaf.ndim))
-                return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
-        return None
+        found = matrix_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if found is None:
+            return None
+        inputs, outputs = found
+        axes = tuple(range(leaf.ndim - inputs - outputs, leaf.ndim))
+        return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
     return jax.tree.map_with_path(dimensions, params)

@@ -101,8 +101,7 @@ def saved_params(checkpoint: str | os.PathLike) -> Params:
       checkpoint: the folder of a step, such as "run/checkpoints/5000", or its URL in a bucket.
     """
     folder = f"{os.fspath(checkpoint)}/{PARAMS}"
-    with epath.Path(folder, "_METADATA").open() as file:
-        metadata = json.load(file)
+    metadata = _metadata(folder)
     base = folder if "://" in folder else f"file://{os.path.abspath(folder)}"
     if metadata.get("use_ocdbt", True):
         kvstore = {"driver": "ocdbt", "base": f"{base}/"}
@@ -110,15 +109,27 @@ def saved_params(checkpoint: str | os.PathLike) -> Params:
         kvstore = f"{base}/"
     whole = ts.KvStore.open(kvstore).result()
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    paths = [
-        tuple(part["key"] for part in leaf["key_metadata"])
-        for leaf in metadata["tree_metadata"].values()
-    ]
     opened = {
         path: ts.open({"driver": driver, "kvstore": (whole / (".".join(path) + "/")).spec()})
-        for path in paths
+        for path in _paths(metadata)
     }
     return unflatten_dict({path: SavedParam(store.result()) for path, store in opened.items()})
+
+
+def saved_paths(checkpoint: str | os.PathLike) -> frozenset[str]:
+    """Paths of the parameters of one checkpoint; argument as of `saved_params`."""
+    metadata = _metadata(f"{os.fspath(checkpoint)}/{PARAMS}")
+    return frozenset("/".join(path) for path in _paths(metadata))
+
+
+def _metadata(folder: str) -> dict[str, Any]:
+    with epath.Path(folder, "_METADATA").open() as file:
+        return json.load(file)
+
+
+def _paths(metadata: dict[str, Any]) -> list[tuple[str, ...]]:
+    leaves = metadata["tree_metadata"].values()
+    return [tuple(part["key"] for part in leaf["key_metadata"]) for leaf in leaves]
 
 
 def layer_chunks(tree: Params) -> Any:

@@ -60,9 +60,18 @@ READ_AGAIN = {
         "data.max_text_tokens",
         "data.max_input_tokens",
         "data.max_instruction_tokens",
+        "eval.kind",
         "eval.source",
+        "eval.image_folder",
+        "eval.fields",
+        "eval.set",
         "eval.max_images",
         "eval.rerank_top_k",
+        "eval.folds",
+        "eval.captions_per_image",
+        "eval.classes",
+        "eval.templates",
+        "eval.answers",
     ),
 }
 
@@ -115,8 +124,9 @@ def check_overrides(
         name = override.removeprefix("config.").partition("=")[0]
         if not any(f"{name}.".startswith(f"{field}.") for field in READ_AGAIN[by]):
             known = [field for field in field_names(config) if field in READ_AGAIN[by]]
-            sections = ("init", "mesh", "data.fields")
-            known += [f"{name}.*" for name in sections if name in READ_AGAIN[by]]
+            sections = ("init", "mesh", "data.fields", "eval.fields", "eval.set.NAME")
+            read = READ_AGAIN[by]
+            known += [f"{name}.*" for name in sections if name.removesuffix(".NAME") in read]
             raise UserError(
                 f"--{override} has no effect on the {by} of a trained run: of its config only "
                 f"{', '.join(known)} are read again."

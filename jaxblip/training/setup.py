@@ -23,12 +23,13 @@ from jaxblip.data.mixture import TrainSource
 from jaxblip.errors import UserError
 from jaxblip.tasks import Task, make_task
 from jaxblip.training import checkpoints, environment
-from jaxblip.training.adopt import adopt_sources
+from jaxblip.training.adopt import adopt_sources, has_sizes
 from jaxblip.training.checkpoints import Checkpoints
+from jaxblip.training.data_defaults import with_schedule
 from jaxblip.training.initialize import abstract_params, initial_trainable
 from jaxblip.training.metrics import EVENTS_FOLDER, METRICS_FILE
 from jaxblip.training.optimizer import learning_rate, make_optimizer
-from jaxblip.training.sources import is_converted, is_published
+from jaxblip.training.sources import is_converted
 from jaxblip.training.state import Params, TrainState
 from jaxblip.training.step import Step, jit_step, make_train_step
 
@@ -73,25 +74,28 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     _check_writable(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.optimizer.accumulation_steps)
-    schedule, optimizer = learning_rate(config), make_optimizer(config)
-    adopts_sizes = any(is_published(name) or is_converted(name) for name in config.init.values())
+    optimizer = make_optimizer(config)
+    adopts_sizes = any(map(has_sizes, config.init.values()))
     if not adopts_sizes:
-        _check_model(config)
+        _check_model(config, mesh)
     sources = run_sources.open_train_sources(config)
     adopted = adopt_sources(config)
+    examples = sum(len(each.source) for each in sources)
+    config, schedule_lines = with_schedule(adopted.config, examples)
+    schedule = learning_rate(config)
     if adopts_sizes:  # they are known only now, after a download perhaps
-        _check_model(adopted.config)
-    tokenizer = run_tokenizers.run_tokenizer(adopted.config, workdir, sources, adopted.tokenizer)
+        _check_model(config, mesh)
+    tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources, adopted.tokenizer)
     qformer_tokenizer = run_tokenizers.run_qformer_tokenizer(
-        adopted.config, workdir, sources, adopted.qformer_tokenizer
+        config, workdir, sources, adopted.qformer_tokenizer
     )
-    config = run_tokenizers.with_vocabulary(adopted.config, tokenizer, qformer_tokenizer)
+    config = run_tokenizers.with_vocabulary(config, tokenizer, qformer_tokenizer)
     checkpoints.check_same_config(workdir, config.to_dict(), ignore=MAY_CHANGE_ON_RESUME)
     task = make_task(config)
     if config.data.get("features"):
         sources = with_features(config, sources)
     if jax.process_index() == 0:
-        for line in (*adopted.lines, *mixture.lines(sources)):
+        for line in (*schedule_lines, *adopted.lines, *mixture.lines(sources)):
             print(line)
     tokenizers = tokenizer, qformer_tokenizer
     return Setup(config, workdir, mesh, sources, *tokenizers, task, schedule, optimizer)
@@ -106,9 +110,12 @@ def _check_writable(workdir: str) -> None:
         )
 
 
-def _check_model(config: ConfigDict) -> None:
-    """Raises UserError for shapes that do not fit each other and frozen parts that do not exist."""
-    abstract_params(make_task(run_tokenizers.with_some_vocabulary(config)))
+def _check_model(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for shapes that do not fit each other, frozen parts that do not exist, and
+    axes of the mesh that split nothing.
+    """
+    params = abstract_params(make_task(run_tokenizers.with_some_vocabulary(config)))
+    sharding.check_axes_are_used(params, mesh)
 
 
 def write_description(setup: Setup) -> None:

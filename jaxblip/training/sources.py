@@ -6,6 +6,7 @@ Nothing is read before it is put onto its devices or into another file.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,10 +22,11 @@ from ml_collections import ConfigDict
 from jaxblip.errors import UserError
 from jaxblip.interop.files import GGUF_SUFFIX, TORCH_SUFFIXES
 from jaxblip.interop.published import open_published
+from jaxblip.models.lora import is_factor
 from jaxblip.models.positions import interpolate_positions
 from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS
 from jaxblip.training.checkpoints import CONFIG_FILE, FOLDER, load_frozen_references, saved_steps
-from jaxblip.training.piecewise import InMemory, saved_params
+from jaxblip.training.piecewise import InMemory, saved_params, saved_paths
 
 Params = dict[str, Any]
 
@@ -90,6 +92,13 @@ def is_published(source: str) -> bool:
     return path.is_file()
 
 
+def is_run(source: str) -> bool:
+    """Whether a source of `config.init` is a work directory, of a training or of a conversion."""
+    return source not in ("", RANDOM) and (Path(source) / CONFIG_FILE).is_file() and (
+        Path(source) / FOLDER
+    ).is_dir()
+
+
 def is_converted(source: str) -> bool:
     """Whether a source of `config.init` is a work directory that `jaxblip convert` wrote."""
     return source not in ("", RANDOM) and (Path(source) / CONVERTED_FILE).is_file()
@@ -126,15 +135,18 @@ def stored_parts(config: ConfigDict, shapes: Params) -> Stored:
     Raises:
       UserError: a source does not exist, or does not fit.
     """
-    origins = {part: _origin(config, part) for part in shapes}
+    origins = {part: _origins(config, part, tree) for part, tree in shapes.items()}
     stored = Stored({}, {}, {})
-    for origin in dict.fromkeys(origin for origin in origins.values() if origin is not None):
-        tree = {part: shapes[part] for part in shapes if origins[part] == origin}
+    for origin in dict.fromkeys(itertools.chain.from_iterable(origins.values())):
+        tree = {part: found[origin] for part, found in origins.items() if origin in found}
         read = _from_published if origin.step is None else _from_run
         read(config, origin, tree, stored)
-    for part in shapes:
+    for part, found in origins.items():
         random = {"source": RANDOM, "revision": f"seed {config.seed}"}
         stored.references.setdefault(part, random)
+        if len(found) > 1:  # the others are found again from the first
+            first = next(iter(found))
+            stored.references[part] = {"source": first.source, "revision": str(first.step)}
     return stored
 
 
@@ -173,7 +185,7 @@ def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) 
         have = trained[part]
         if part == "vision" and is_converted(origin.source):
             have = _fitted_encoder(have, shapes, origin.source)
-        if part == "qformer" and TEXT_SIDE not in have:  # a run of stage 2
+        if part == "qformer" and TEXT_SIDE in shapes and TEXT_SIDE not in have:  # of stage 2
             shapes, lacking = _without_text_side(shapes)
             if lacking:
                 stored.lacking[origin.source] = lacking
@@ -223,10 +235,14 @@ def _is_named(config: ConfigDict, part: str) -> bool:
     return field != ALL and bool(config.init.get(field, ""))
 
 
-def _origin(config: ConfigDict, part: str) -> Origin | None:
-    """Follows a part that was frozen in a run to where that run had it from."""
-    source = source_of(config, part)
-    step = None
+def _origins(config: ConfigDict, part: str, shapes: Params) -> dict[Origin, Params]:
+    """Where the parameters of a part lie, the run that is named first.
+
+    What a run trained is in its checkpoint. What was frozen there, be it the whole part or some of
+    it, is where that run had it from.
+    """
+    wanted = flatten_dict({part: shapes}, sep="/")
+    source, step, origins = source_of(config, part), None, {}
     while source not in ("", RANDOM) and not is_published(source):
         steps = saved_steps(source)
         if not steps:
@@ -236,9 +252,18 @@ def _origin(config: ConfigDict, part: str) -> Origin | None:
                 "another work directory, a folder or file of weights, or hf:NAME."
             )
         step = steps[-1] if step is None else step
+        trained = saved_paths(f"{source}/{FOLDER}/{step}")
+        _check_factors(config, part, source, trained)
         reference = load_frozen_references(source, step).get(part)
-        if reference is None:
-            return Origin(source, step)
+        here = {
+            path: wanted.pop(path)
+            for path in list(wanted)
+            if path in trained or (reference is None and not is_factor(path))
+        }
+        if here:
+            origins[Origin(source, step)] = unflatten_dict(here, sep="/")[part]
+        if reference is None or all(map(is_factor, wanted)):
+            return origins  # factors that no run has trained begin at random
         if reference["source"] == RANDOM:
             raise UserError(
                 f"The part {part!r} was random and frozen in the run {source!r}: there are no "
@@ -246,7 +271,26 @@ def _origin(config: ConfigDict, part: str) -> Origin | None:
             )
         source, revision = reference["source"], reference["revision"]
         step = None if is_published(source) else int(revision)
-    return None if source in ("", RANDOM) else Origin(source)
+    rest = {path: leaf for path, leaf in wanted.items() if not is_factor(path)}
+    if rest and source not in ("", RANDOM):
+        origins[Origin(source)] = unflatten_dict(rest, sep="/")[part]
+    return origins
+
+
+def _check_factors(config: ConfigDict, part: str, source: str, trained: frozenset[str]) -> None:
+    """Raises UserError where a run has trained low-rank factors that the config would not count."""
+    if not any(is_factor(path) and _is_under(path, part) for path in trained):
+        return
+    saved = json.loads((Path(source) / CONFIG_FILE).read_text(encoding="utf-8"))["lora"]
+    fields = ("rank", "alpha", "targets", "parts")
+    there, here = ({name: each[name] for name in fields} for each in (saved, config.lora))
+    if json.loads(json.dumps(here)) != there:
+        shown = [", ".join(f"{name}={each[name]}" for name in fields) for each in (there, here)]
+        raise UserError(
+            f"{source!r} has trained low-rank factors for {part!r} ({shown[0]}), and this config "
+            f"has config.lora with {shown[1]}: give it the same values, or start from what "
+            f"`jaxblip convert` exports of that run, where the factors are part of the weights."
+        )
 
 
 def _fit(values: Params, shapes: Params, part: str, source: str | os.PathLike) -> Params:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int32, Key
 
 from jaxblip.errors import UserError
+from jaxblip.models.lora import is_factor
 
 Params = dict[str, Any]
 
@@ -47,23 +48,36 @@ class TrainState:
         )
 
 
-def split_params(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
-    """Splits nested parameters into (trainable, frozen) by path prefixes.
+def split_params(
+    params: Params, frozen: tuple[str, ...], trainable: tuple[str, ...] = ()
+) -> tuple[Params, Params]:
+    """Splits nested parameters into (trainable, frozen) by path prefixes, of which the longest
+    counts. Low-rank factors (`models.lora`) always train.
 
     Args:
       params: nested dicts of arrays.
       frozen: prefixes of whole path components, such as "vision" or "language_model/layers".
+      trainable: of what trains although a shorter prefix of `frozen` has it.
 
     Raises:
-      UserError: when a prefix matches no parameter.
+      UserError: when a prefix matches no parameter, or one of `trainable` nothing frozen.
     """
     flat = flatten_dict(params, sep="/")
-    for prefix in frozen:
-        if not any(_is_under(path, prefix) for path in flat):
-            raise UserError(_unknown_prefix(prefix, list(flat)))
+    for field, given in ("frozen", frozen), ("trainable", trainable):
+        for prefix in given:
+            if not any(is_under(path, prefix) for path in flat):
+                raise UserError(_unknown_prefix(field, prefix, list(flat)))
+    for prefix in trainable:
+        if not any(is_under(prefix, other) and prefix != other for other in frozen):
+            part = prefix.partition("/")[0]
+            raise UserError(
+                f"config.trainable={prefix!r} is in nothing that is frozen, so it trains in any "
+                f"case: add {part!r} to config.frozen to train nothing else of it."
+            )
     parts: tuple[Params, Params] = ({}, {})
     for path, leaf in flat.items():
-        parts[any(_is_under(path, prefix) for prefix in frozen)][path] = leaf
+        is_frozen = _longest(path, frozen) > _longest(path, trainable) and not is_factor(path)
+        parts[is_frozen][path] = leaf
     return unflatten_dict(parts[0], sep="/"), unflatten_dict(parts[1], sep="/")
 
 
@@ -80,13 +94,19 @@ def cast_frozen(tree: Params, dtype: jnp.dtype) -> Params:
     )
 
 
-def _is_under(path: str, prefix: str) -> bool:
+def is_under(path: str, prefix: str) -> bool:
+    """Whether a path is a prefix of whole components, or begins with it."""
     return path == prefix or path.startswith(prefix + "/")
 
 
-def _unknown_prefix(prefix: str, paths: list[str]) -> str:
+def _longest(path: str, prefixes: tuple[str, ...]) -> int:
+    """Length of the longest prefix that the path is under; -1 where there is none."""
+    return max((len(prefix) for prefix in prefixes if is_under(path, prefix)), default=-1)
+
+
+def _unknown_prefix(field: str, prefix: str, paths: list[str]) -> str:
     parts = [path.split("/") for path in paths]
     known = sorted({"/".join(part[:n]) for part in parts for n in range(1, len(part) + 1)})
     near = difflib.get_close_matches(prefix, known, n=1, cutoff=0.0)
     hint = f" The nearest path is {near[0]!r}." if near else ""
-    return f"The frozen part {prefix!r} matches no parameter of the model.{hint}"
+    return f"The {field} part {prefix!r} matches no parameter of the model.{hint}"

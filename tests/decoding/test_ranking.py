@@ -11,7 +11,7 @@ import pytest
 
 from jaxblip.decoding.ranking import candidate_log_likelihoods, read_input
 from jaxblip.errors import UserError
-from jaxblip.models.language_models import answer_logits, continued_hidden, make_language_model
+from jaxblip.models.language_models import answer_hidden, continued_hidden, make_language_model
 from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
 from jaxblip.models.t5 import T5Config
@@ -78,7 +78,7 @@ def _rank(model, params, embeddings, valid, ids, candidate_valid):
 def _logits(model, embeddings, valid, ids):
     """Scores of each token of `ids` behind the embeddings."""
     if model.config.is_encoder_decoder:
-        return answer_logits(model, embeddings, valid, ids)
+        return model.logits(answer_hidden(model, embeddings, valid, ids))
     # The padding of the input is on its left: its last position predicts the first token.
     embeddings = jnp.concatenate([embeddings, model.embed(ids)], axis=1)
     valid = jnp.concatenate([valid, jnp.ones(ids.shape, bool)], axis=1)

@@ -14,7 +14,7 @@ from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.sources import open_source
 from jaxblip.data.tokenizers import train_wordpiece
 from jaxblip.errors import UserError
-from jaxblip.evaluation.evaluate import Evaluation
+from jaxblip.evaluation.evaluate import Evaluations
 from jaxblip.tasks import make_task
 from tiny_tasks import fast_jit, random_params, tiny_config
 
@@ -60,7 +60,7 @@ def test_a_language_model_is_evaluated_on_texts_as_in_training(
     task = make_task(config)
     params = random_params(task)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    found = Evaluation(task, tokenizer, mesh).run(params, {})
+    found = Evaluations(task, tokenizer, mesh).run(params, {})
 
     preprocess = Preprocess(
         task.fields,
@@ -86,4 +86,4 @@ def test_re_ranking_needs_a_candidate_before_anything_is_read():
     config = tiny_config("stage1")
     config.eval.source, config.eval.rerank_top_k = "no_such_source", 0
     with pytest.raises(UserError, match="eval.rerank_top_k=0 leaves nothing to re-rank"):
-        Evaluation(make_task(config), tokenizer=None, mesh=None)
+        Evaluations(make_task(config), tokenizer=None, mesh=None)

@@ -30,23 +30,20 @@ FIELDS = {
     "batch_size": 16,
     "log_every_steps": 1,
     "optimizer.warmup_steps": 3,
-    "init.vision": "random",
     "eval.source": "",
     "data.num_workers": 0,
-    "data.image_size_px": 24,
+    "data.image_size_px": 16,
     "data.max_text_tokens": 8,
     "model.vision.num_layers": 1,
-    "model.vision.width": 32,
-    "model.qformer.num_layers": 2,
-    "model.qformer.width": 32,
-    "model.qformer.num_query_tokens": 4,
-    "model.qformer.hidden_dropout": 0.1,
+    "model.vision.width": 16,
+    "model.text.num_layers": 1,
+    "model.text.width": 16,
 }
 
 
 def arguments(workdir):
     overrides = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    return ["train", "--config=configs/demo/stage1.py", f"--workdir={workdir}", *overrides]
+    return ["train", "--config=configs/demo/vision.py", f"--workdir={workdir}", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,7 @@ def assert_same_lines(ours, theirs):
 
 def test_two_processes_see_the_losses_of_one(on_two_processes, on_one_process):
     workdir, output = on_two_processes
-    assert "[0] Task stage1" in output and "8 cpu device(s), mesh data 2 x fsdp 2" in output
+    assert "[0] Task clip" in output and "8 cpu device(s), mesh data 2 x fsdp 2" in output
     environment = json.loads((workdir / "environment.json").read_text())
     assert environment["process_count"] == 2 and len(environment["devices"]) == 8
     lines = read_metrics(workdir)

@@ -73,7 +73,7 @@ def torch_loss(image, text, temperature, image_id, label_smoothing, gradient_to_
 @pytest.mark.parametrize("gradient_to_all", [False, True])
 @pytest.mark.parametrize("image_id", [None, IMAGE_ID])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("block_size", [0, 2, 5])
+@pytest.mark.parametrize("block_size", [0, 2])
 def test_value_and_gradients_are_those_of_torch(
     queries, gradient_to_all, image_id, label_smoothing, block_size
 ):

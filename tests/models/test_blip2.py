@@ -125,7 +125,10 @@ def normalized(x):
 
 def packed(params, features, text_ids, valid):
     def passes(model):
-        return model.contrast_and_caption(model.read_image(features), text_ids, valid)
+        image, text, hidden = model.contrast_and_caption(
+            model.read_image(features), text_ids, valid
+        )
+        return image, text, model.word_logits(hidden)
 
     return apply(params, passes)
 

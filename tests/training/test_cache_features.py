@@ -20,6 +20,7 @@ from PIL import Image
 from jaxblip.cli import main
 from jaxblip.config import apply_overrides, load_config
 from jaxblip.data import features, inputs, run_sources, run_tokenizers
+from jaxblip.data.samples import BadSample
 from jaxblip.errors import UserError
 from jaxblip.models.vit import VisionTransformer
 from jaxblip.sharding import make_mesh
@@ -251,15 +252,17 @@ def copied(cached, tmp_path):
 def test_damaged_shards_cost_what_they_damage(folder, cached, tmp_path):
     made, (first, second, third) = copied(cached, tmp_path)
     config = config_of(folder, f"--config.data.features={made}", "--config.data.max_bad_share=0.9")
-    content = bytearray(first.read_bytes())
-    place = len(content) // 2
-    content[place : place + 40] = b"x" * 40
-    first.write_bytes(content)
+    [each] = features.with_features(config, run_sources.open_train_sources(config))
+    [of_first] = each.source[0]["image_features"]
+    damaged = first.read_bytes().replace(of_first.tobytes(), of_first[::-1].tobytes())
+    first.write_bytes(damaged)
     second.unlink()
     [each] = features.with_features(config, run_sources.open_train_sources(config))
     assert any("1 of 3 shards are bad, such as" in line for line in each.source.problems)
     _, skipped = batches(config, 10)
     assert skipped["unreadable row"] > 1
+    with pytest.raises(BadSample, match="unreadable row"):
+        each.source[0]["image_features"][0]
     first.unlink(), third.unlink()
     with pytest.raises(UserError, match="3 of 3 shards are bad.*write them again with"):
         features.with_features(config, run_sources.open_train_sources(config))

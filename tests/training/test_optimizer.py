@@ -25,6 +25,7 @@ def config(**changes):
     optimizer = dict(
         name="adamw", momentum=0.95, peak_lr=1e-2, min_lr=1e-3, warmup_init_lr=1e-6, warmup_steps=5,
         b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.05, clip_norm=0.0, accumulation_steps=1,
+        layer_decay={},
     )  # fmt: skip
     steps = changes.pop("steps", 30)
     return ConfigDict({"steps": steps, "optimizer": optimizer | changes})
