@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(options: argparse.Namespace, status: int) -> int:
     """The exit status, unless this is one of several processes, which ends here."""
-    if options.run in (_train, _cache_features):
+    if options.run in (_train, _evaluate, _cache_features):
         from jaxblip.runtime import leave_peers
 
         leave_peers(status)
@@ -158,8 +158,14 @@ def _parser() -> tuple[
     )
 
     verb = add("evaluate", _evaluate, "evaluate a checkpoint", help_texts.EVALUATE)
-    verb.add_argument("--workdir", required=True, metavar="DIR", help="that of a training")
+    verb.add_argument("--workdir", metavar="DIR", help="that of a training")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
+    verb.add_argument(
+        "--follow", action="store_true", help="each checkpoint of a run that goes on, as it comes"
+    )
+    verb.add_argument(
+        "--predictions", metavar="FILE.json", help="score these, without a checkpoint; see above"
+    )
 
     verb = add("generate", _generate, "write captions of images, or answers", help_texts.GENERATE)
     verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of a run")
@@ -336,13 +342,27 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from jaxblip.evaluation.verbs import evaluate
-    from jaxblip.runtime import keep_compilations
+    from jaxblip.evaluation import verbs
+    from jaxblip.runtime import join_peers, keep_compilations
     from jaxblip.training.restore import check_overrides
 
-    keep_compilations()
+    chosen = [name for name in ("step", "follow", "predictions") if getattr(options, name)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other: leave out one.")
+    if (options.workdir is None) != (options.predictions is not None):
+        raise UserError(
+            "evaluate needs --workdir=DIR of a training, or else --predictions=FILE.json: give one."
+        )
+    if options.predictions is not None:
+        verbs.score_predictions(options.predictions, overrides)
+        return
     check_overrides(options.workdir, overrides, options.step, by="evaluation")
-    evaluate(options.workdir, overrides, options.step)
+    join_peers()
+    keep_compilations()
+    if options.follow:
+        verbs.follow(options.workdir, overrides)
+    else:
+        verbs.evaluate(options.workdir, overrides, options.step)
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:

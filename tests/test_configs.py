@@ -168,6 +168,39 @@ def test_blips_captions_have_the_lengths_of_its_code():
     assert (config.eval.min_new_tokens + 4, config.eval.max_new_tokens + 4) == (5, 20)
 
 
+@pytest.mark.parametrize(
+    ("name", "batch_size", "size", "decay"),
+    [
+        ("caption_opt_2_7b", 256, 364, 1.0),
+        ("caption_opt_6_7b", 256, 364, 0.95),
+        ("caption_flan_t5_xl", 256, 364, 1.0),
+        ("vqa_opt_2_7b", 128, 490, 0.95),
+        ("vqa_opt_6_7b", 128, 490, 0.9),
+        ("vqa_flan_t5_xl", 128, 490, 0.95),
+        ("retrieval_vit_g", 224, 364, 0.95),
+        ("retrieval_vit_l", 224, 364, 0.95),
+    ],
+)
+def test_blip2_is_fine_tuned_as_in_its_paper(name, batch_size, size, decay):
+    """Tables 7 to 9 of the appendix."""
+    config = load(f"blip2/{name}.py")
+    optimizer = config.optimizer
+    assert (config.batch_size, config.data.image_size_px) == (batch_size, size)
+    assert (optimizer.warmup_steps, optimizer.weight_decay) == (1000, 0.05)
+    assert optimizer.layer_decay.vision == decay
+    is_small = name == "retrieval_vit_l"
+    assert (optimizer.peak_lr, optimizer.b1) == (5e-6 if is_small else 1e-5, 0.9)
+    assert optimizer.b2 == (0.98 if is_small else 0.999)
+    assert config.frozen == (() if name.startswith("retrieval") else ("language_model",))
+    if name.startswith("vqa"):
+        assert config.data.prompt == "Question: {} Answer:" and config.eval.num_beams == 5
+        with pytest.raises(UserError, match="LAVIS has no recipe of VQA"):
+            load(f"blip2/{name}.py:lavis")
+    else:  # what LAVIS configures and never applies
+        lavis = load(f"blip2/{name}.py:lavis").optimizer
+        assert (lavis.layer_decay.vision, lavis.b2) == (1.0, 0.999)
+
+
 # Overrides
 
 NAME = "demo/stage1.py"

@@ -64,10 +64,12 @@ def _open_train_source(config: ConfigDict) -> Source:
     return EachCaption(source) if _why_all(data) else source
 
 
-def read_eval_set(config: ConfigDict) -> EvalSet:
-    """The evaluation images with all their captions, in memory."""
+def read_eval_set(config: ConfigDict, images: bool = True) -> EvalSet:
+    """The evaluation images with all their captions, in memory; or the captions alone."""
     data = config.data
     source = _open(config, config.eval.source, config.eval)
+    if not images and hasattr(source, "without_images"):
+        source = source.without_images()
     _check_instructions(config, source, config.eval.source, [data.prompt])
     return iterate_eval_images(
         source,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxblip.data import inputs, run_sources
 from jaxblip.data.samples import counts_as_text
@@ -17,42 +18,61 @@ from jaxblip.training.state import Params
 Metrics = dict[str, float]
 
 
+class Parts(NamedTuple):
+    """What is evaluated, but for its parameters."""
+
+    task: Task
+    tokenizer: Any
+    mesh: Mesh
+    qformer_tokenizer: Any = None  # of the Q-Former, for the task `instruct`
+
+
 class Evaluation(abc.ABC):
     """One evaluation: its set, read once, and its compiled functions.
 
     Attributes:
-      task: with the config of this evaluation (`data.eval_sections`).
+      config: of this evaluation (`data.eval_sections`).
       name: of its section; "" for the only one.
+      metric_names: what `run` gives, but for METEOR and SPICE.
       set: what is evaluated.
       predictions: of each entry of the set, after `run`; empty where nothing is predicted.
       details: tables of further numbers after `run`, such as the accuracy by type of question.
       notes: sentences about how it was measured.
     """
 
+    metric_names: tuple[str, ...]
     handed_in: ClassVar[tuple[str, str] | None] = None  # fields of the benchmark's submission
 
     def __init__(
-        self, task: Task, tokenizer: Any, mesh: Mesh, qformer_tokenizer: Any = None, *,
-        name: str = "", java: bool = False,
-    ):  # fmt: skip
-        """Reads the evaluation set; UserError where it cannot."""
-        self.task, self.name, self.java = task, name, java
-        self.kind, self.source = task.config.eval.kind, task.config.eval.source
+        self, config: ConfigDict, parts: Parts | None, name: str = "", java: bool = False
+    ):
+        """Reads the evaluation set.
+
+        Args:
+          parts: None where predictions are scored that are there already: no image is read.
+          java: whether captions are also scored by programs in Java.
+
+        Raises:
+          UserError: it cannot be read, or a setting does not fit.
+        """
+        self.config, self.name, self.java = config, name, java
+        self.kind, self.source = config.eval.kind, config.eval.source
         self._check()
-        self.set = run_sources.read_eval_set(task.config)
+        self.set = run_sources.read_eval_set(config, images=parts is not None)
         self.predictions: list[str] = []
-        self.details: dict[str, dict[str, Any]] = {}
+        self.details: dict[str, dict[str, float | dict[str, float]]] = {}
         self.notes: list[str] = []
-        self._mesh = mesh
-        self._map = RowMap(mesh, task.config.eval.batch_size)
-        self._encode = inputs.text_encoder(task.config, tokenizer)
-        self._prepare(tokenizer, qformer_tokenizer)
+        if parts is not None:
+            self.task, self._mesh = parts.task, parts.mesh
+            self._map = RowMap(parts.mesh, config.eval.batch_size)
+            self._encode = inputs.text_encoder(config, parts.tokenizer)
+            self._prepare(parts)
 
     def _check(self) -> None:
         """Raises UserError for settings that do not fit, before anything is read."""
 
-    def _prepare(self, tokenizer: Any, qformer_tokenizer: Any) -> None:
-        """Makes what only this kind of evaluation needs."""
+    def _prepare(self, parts: Parts) -> None:
+        """Makes what only this kind of evaluation needs of a model."""
 
     @abc.abstractmethod
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxblip.data.eval_sections import configs_of_evaluations
-from jaxblip.evaluation.base import Evaluation, Metrics
-from jaxblip.evaluation.kept import Kept
+from jaxblip.errors import UserError
+from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.losses import LossEvaluation
 from jaxblip.evaluation.matching import ClassificationEvaluation, RetrievalEvaluation
 from jaxblip.evaluation.texts import AnswerEvaluation, CaptionEvaluation
@@ -43,12 +45,10 @@ class Evaluations:
         Raises:
           UserError: a set cannot be read, or a setting does not fit the task.
         """
-        configs = configs_of_evaluations(task.config)
-        parts = tokenizer, mesh, qformer_tokenizer
-        self.by_name = {
-            name: _KINDS[config.eval.kind](make_task(config), *parts, name=name, java=java)
-            for name, config in configs.items()
-        }
+        self.by_name = {}
+        for name, config in configs_of_evaluations(task.config).items():
+            parts = Parts(make_task(config), tokenizer, mesh, qformer_tokenizer)
+            self.by_name[name] = _KINDS[config.eval.kind](config, parts, name, java)
 
     def __bool__(self) -> bool:
         return bool(self.by_name)
@@ -56,24 +56,64 @@ class Evaluations:
     def __iter__(self) -> Iterator[Evaluation]:
         return iter(self.by_name.values())
 
-    def run(
-        self, params: Params, frozen: Params, kept: Callable[[Evaluation], Kept] = lambda _: Kept()
-    ) -> Metrics:
-        """Metrics of all, those of a named one as NAME/METRIC.
+    def run(self, params: Params, frozen: Params) -> Metrics:
+        """Metrics of all, those of a named one as NAME/METRIC."""
+        return prefixed([(each, each.run(params, frozen)) for each in self])
 
-        Args:
-          kept: where each keeps its results as they are made.
-        """
-        metrics = {}
-        for evaluation in self:
-            before = f"{evaluation.name}/" if evaluation.name else ""
-            found = evaluation.run(params, frozen, kept(evaluation))
-            metrics |= {before + metric: value for metric, value in found.items()}
-        return metrics
+    def check_metric(self, wanted: str) -> None:
+        """Raises UserError where none of them gives what `config.checkpoint.best_metric` names."""
+        if not wanted:
+            return
+        known = [
+            f"{each.name}/{metric}" if each.name else metric
+            for each in self
+            for metric in each.metric_names
+        ]
+        if not known:
+            raise UserError(
+                f"checkpoint.best_metric={wanted!r} is of an evaluation, and there is none: set "
+                "--config.eval.source."
+            )
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, 1, cutoff=0.0)
+            raise UserError(
+                f"checkpoint.best_metric={wanted!r} is measured by no evaluation of this run: did "
+                f"you mean {near[0]}?"
+            )
 
     def describe(self) -> list[str]:
         """Each set in one line."""
         return [evaluation.describe() for evaluation in self]
+
+
+def prefixed(found: Sequence[tuple[Evaluation, Metrics]]) -> Metrics:
+    """The metrics of several evaluations as NAME/METRIC; of the only one as METRIC."""
+    return {
+        f"{evaluation.name}/{metric}" if evaluation.name else metric: value
+        for evaluation, metrics in found
+        for metric, value in metrics.items()
+    }
+
+
+def make_scorer(config: ConfigDict) -> Evaluation:
+    """The only evaluation of a config, for predictions that are there already.
+
+    Raises:
+      UserError: there is none, or several, or its kind scores no predictions.
+    """
+    configs = configs_of_evaluations(config)
+    if list(configs) != [""]:
+        raise UserError(
+            "Predictions are scored against one source: name it by --config.eval.source."
+        )
+    config = configs[""]
+    kind = _KINDS[config.eval.kind]
+    if not issubclass(kind, CaptionEvaluation):
+        raise UserError(
+            f"config.eval.kind={config.eval.kind!r} has no predictions to score: set it to "
+            "captions, vqa, okvqa or gqa."
+        )
+    return kind(config, None, java=True)
 
 
 def make_evaluation(

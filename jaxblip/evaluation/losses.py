@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxblip.data import inputs
 from jaxblip.data.text import fill_prompt, join_prompt
-from jaxblip.evaluation.base import Evaluation, Metrics
+from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.kept import Kept
 from jaxblip.tasks import Task, make_task
 from jaxblip.training.state import Params
@@ -23,8 +23,10 @@ class LossEvaluation(Evaluation):
     `language_model` texts have as many captions as in training.
     """
 
-    def _prepare(self, tokenizer, qformer_tokenizer) -> None:
-        if self.task.config.task == "language_model":
+    metric_names = ("loss", "perplexity", "token_accuracy")
+
+    def _prepare(self, parts: Parts) -> None:
+        if self.config.task == "language_model":
             self._sums = self.task.token_sums
             self._arrays = self._texts_as_trained()
             self._rows = (np.arange(len(self._arrays[0])),) * len(self._arrays)
@@ -32,7 +34,8 @@ class LossEvaluation(Evaluation):
         scored = _scored_task(self.task)
         self._sums = _RowSums(scored)
         fields = scored.fields[1:]  # behind the image
-        preprocess = inputs.make_preprocess(scored.config, fields, tokenizer, qformer_tokenizer)
+        tokenizers = parts.tokenizer, parts.qformer_tokenizer
+        preprocess = inputs.make_preprocess(scored.config, fields, *tokenizers)
         examples, images = [], []
         entries = zip(self.set.rows, self.set.captions, self.set.instructions, strict=True)
         for row, captions, instruction in entries:
@@ -56,7 +59,7 @@ class LossEvaluation(Evaluation):
         A text begins with each caption once, and goes on with those that follow it in the set, the
         first behind the last, so that all captions count alike. An encoder reads the prompt alone.
         """
-        config, has_encoder = self.task.config, inputs.has_encoder(self.task.config)
+        config, has_encoder = self.config, inputs.has_encoder(self.config)
         texts, prompts = [], []
         for captions, instruction in zip(self.set.captions, self.set.instructions, strict=True):
             prompt = fill_prompt(config.data.prompt, instruction)

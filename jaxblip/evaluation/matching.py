@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxblip.data.text import clean_caption
 from jaxblip.errors import UserError
 from jaxblip.evaluation import retrieval
-from jaxblip.evaluation.base import Evaluation, Metrics
+from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.classification import class_embeddings, class_prompts
 from jaxblip.evaluation.kept import Kept
 from jaxblip.evaluation.lists import read_lines
@@ -52,7 +52,7 @@ class _Matching(Evaluation):
         check_finite(images, "values of the embeddings of images")
         return features, images, ids, mask, check_finite(words, "values of the embeddings of texts")
 
-    def _prepare(self, tokenizer, qformer_tokenizer) -> None:
+    def _prepare(self, parts: Parts) -> None:
         self._side = self._image_side  # one object, which is compiled once
 
 
@@ -65,8 +65,14 @@ class RetrievalEvaluation(_Matching):
     five of COCO's 5,000 test images are the protocol "COCO 1K".
     """
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        before = ("itc_", "") if "rerank_top_k" in self.config.eval else ("",)
+        ways = [f"{start}{way}" for start in before for way in ("i2t", "t2i")]
+        return tuple(f"{way}_r{k}" for way in ways for k in retrieval.KS)
+
     def _check(self) -> None:
-        settings = self.task.config.eval
+        settings = self.config.eval
         if settings.get("rerank_top_k", 1) < 1:
             raise UserError(
                 f"eval.rerank_top_k={settings.rerank_top_k} leaves nothing to re-rank: set it to 1 "
@@ -76,9 +82,9 @@ class RetrievalEvaluation(_Matching):
             if settings[field] < least:
                 raise UserError(f"eval.{field}={settings[field]} must be {least} or more.")
 
-    def _prepare(self, tokenizer, qformer_tokenizer) -> None:
-        super()._prepare(tokenizer, qformer_tokenizer)
-        settings, count = self.task.config.eval, len(self.set.rows)
+    def _prepare(self, parts: Parts) -> None:
+        super()._prepare(parts)
+        settings, count = self.config.eval, len(self.set.rows)
         if count % settings.folds:
             raise UserError(
                 f"eval.folds={settings.folds} does not divide the {count} images of "
@@ -101,7 +107,7 @@ class RetrievalEvaluation(_Matching):
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
         kept = kept or Kept()
         features, images, ids, mask, words = self._embedded(params, frozen, self._captions)
-        size = len(images) // self.task.config.eval.folds
+        size = len(images) // self.config.eval.folds
         self.predictions, of_folds = [], []
         for fold, first in enumerate(range(0, len(images), size)):
             of_fold = slice(first, first + size)
@@ -164,8 +170,10 @@ class ClassificationEvaluation(_Matching):
     prompts. The captions of an image are the names of its classes, one of which is to be found.
     """
 
+    metric_names = ("top1_accuracy", "top5_accuracy")
+
     def _check(self) -> None:
-        settings = self.task.config.eval
+        settings = self.config.eval
         if not settings.classes:
             raise UserError(
                 "config.eval.classes is empty: classification needs a file with the name of a "
@@ -174,8 +182,8 @@ class ClassificationEvaluation(_Matching):
         self._names = read_lines(settings.classes, "config.eval.classes")
         self._prompts = class_prompts(self._names, settings.templates)
 
-    def _prepare(self, tokenizer, qformer_tokenizer) -> None:
-        super()._prepare(tokenizer, qformer_tokenizer)
+    def _prepare(self, parts: Parts) -> None:
+        super()._prepare(parts)
         number = {name: place for place, name in enumerate(self._names)}
         of_images = [
             {number[text.strip()] for text in texts if text.strip() in number}
@@ -188,7 +196,7 @@ class ClassificationEvaluation(_Matching):
             name, times = unknown.most_common(1)[0]
             raise UserError(
                 f"{unknown.total()} of {len(of_images)} images of {self.source} are of no class of "
-                f"{self.task.config.eval.classes}, such as {name!r} ({times}): write the names "
+                f"{self.config.eval.classes}, such as {name!r} ({times}): write the names "
                 "as the captions have them."
             )
         self._true = np.zeros((len(of_images), len(self._names)), bool)
@@ -197,7 +205,7 @@ class ClassificationEvaluation(_Matching):
         self._compare = _compare
 
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
-        max_words = self.task.config.data.max_words
+        max_words = self.config.data.max_words
         prompts = [clean_caption(prompt, max_words) for prompt in self._prompts]
         _, images, _, _, words = self._embedded(params, frozen, prompts)
         classes = self._map.whole_array(class_embeddings(words, len(self._names)))

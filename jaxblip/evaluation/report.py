@@ -34,6 +34,7 @@ def write_report(
     phases: Sequence[Mapping[str, object]],
     results: Mapping[str, object],
     gallery: Sequence[Mapping[str, object]],
+    details: Mapping[str, Mapping[str, object]] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Writes `path` as one HTML file that loads nothing from outside.
@@ -48,14 +49,17 @@ def write_report(
         results: numbers by metric, and perhaps "seconds" by what they were spent on, "versions" by
             package, "device" (a list of names, one a device) and "cpu_count".
         gallery: held-out images, each {"image": uint8 [height, width, 3], "predicted": str,
-            "references": list of str}, and perhaps "asked": what the prediction answers. At most
-            48 are shown, up to a third of them wrong ones, both kinds evenly mixed.
+            "references": list of str}, and perhaps "asked": what the prediction answers, and
+            "right": whether it is, where that is another thing than to be one of the references.
+            At most 48 are shown, up to a third of them wrong ones, both kinds evenly mixed.
+        details: tables by their heading; the value of a row is a number, or numbers by column.
         notes: paragraphs of plain text under the heading.
     """
     sections = [
         "".join(f"<p>{escape(note)}</p>" for note in notes),
         _facts(results),
         _results_section(results),
+        *(_detail_section(heading, rows) for heading, rows in (details or {}).items()),
         _gallery_section(gallery),
         *(_phase_section(phase, index) for index, phase in enumerate(phases)),
         _machine_section(results),
@@ -93,6 +97,21 @@ def _results_section(results: Mapping[str, object]) -> str:
     )
     table = "" if all(map(_is_headline, numbers)) else _recall_table(numbers)
     return f'<h2>Results</h2><div class="cards">{cards}</div>{table}' if numbers else ""
+
+
+def _detail_section(heading: str, rows: Mapping[str, object]) -> str:
+    """Numbers of a part of the set each, such as a type of question."""
+    cells = {row: x if isinstance(x, Mapping) else {"": x} for row, x in rows.items()}
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    head = "".join(f'<th scope="col">{escape(metric_label(c))}</th>' for c in columns if c)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row)}</th>'
+        + "".join(f"<td>{values[c]:.4g}</td>" if c in values else "<td>–</td>" for c in columns)
+        + "</tr>"
+        for row, values in cells.items()
+    )
+    head = f'<tr><th scope="col"></th>{head}</tr>' if head else ""
+    return f'<h3>{escape(heading)}</h3><table class="wide">{head}{body}</table>'
 
 
 def _is_headline(name: str) -> bool:
@@ -220,7 +239,10 @@ def _last_values(what: str, series: Mapping[str, Points]) -> str:
 def _gallery_section(gallery: Sequence[Mapping[str, object]]) -> str:
     if not gallery:
         return ""
-    right = [is_exact(item["predicted"], item["references"]) for item in gallery]
+    right = [
+        item["right"] if "right" in item else is_exact(item["predicted"], item["references"])
+        for item in gallery
+    ]
     shown = _choose(right)
     items = [_gallery_item(gallery[index], right[index]) for index in shown]
     wrong_shown = sum(not right[index] for index in shown)

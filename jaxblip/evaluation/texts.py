@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from jaxblip.data.text import fill_prompt
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.evaluation import captions, vqa
-from jaxblip.evaluation.base import Evaluation, Metrics
+from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.kept import Kept
 from jaxblip.evaluation.lists import read_lines
 from jaxblip.training.state import Params, merge_params
@@ -21,10 +22,11 @@ class CaptionEvaluation(Evaluation):
     `captions.caption_metrics` gives.
     """
 
+    metric_names = ("caption_exact", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider")
     handed_in = "image_id", "caption"
 
-    def _prepare(self, tokenizer, qformer_tokenizer) -> None:
-        self._model = make_image_to_text(self.task, tokenizer, self._mesh, qformer_tokenizer)
+    def _prepare(self, parts: Parts) -> None:
+        self._model = make_image_to_text(*parts)
 
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
         self.predictions = self._generate(params, frozen, kept or Kept())
@@ -71,20 +73,20 @@ class AnswerEvaluation(CaptionEvaluation):
     """
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (f"{self.kind}_accuracy", "caption_exact")
+
+    @property
     def handed_in(self) -> tuple[str, str]:
         return ("questionId", "prediction") if self.kind == "gqa" else ("question_id", "answer")
 
     def _check(self) -> None:
-        answers = self.task.config.eval.answers
+        answers = self.config.eval.answers
         self._answers = read_lines(answers, "config.eval.answers") if answers else []
         self._lemma = vqa.english_lemma() if self.kind == "okvqa" else None
 
     def score(self, predictions: Sequence[str]) -> Metrics:
-        pairs = list(zip(predictions, self.set.texts, strict=True))
-        if self.kind == "gqa":
-            scores = [float(vqa.is_exact_answer(*pair)) for pair in pairs]
-        else:
-            scores = [vqa.vqa_accuracy(*pair, self._lemma) for pair in pairs]
+        scores = self._scores = list(map(self._score, predictions, self.set.texts))
         facts = self.set.facts
         types = {
             "by answer type": [
@@ -100,6 +102,16 @@ class AnswerEvaluation(CaptionEvaluation):
             "caption_exact": captions.exact_share(predictions, self.set.captions),
         }
 
+    def gallery(self) -> list[dict[str, Any]]:
+        """As of captions; right is what has more than half of the accuracy."""
+        items = zip(super().gallery(), self._scores, strict=True)
+        return [item | {"right": score > 0.5} for item, score in items]
+
+    def _score(self, prediction: str, answers: Sequence[str]) -> float:
+        if self.kind == "gqa":
+            return float(vqa.is_exact_answer(prediction, answers))
+        return vqa.vqa_accuracy(prediction, answers, self._lemma)
+
     def references(self) -> list[list[str]]:
         """The different answers of each question, the most frequent first."""
         return [[text for text, _ in Counter(texts).most_common()] for texts in self.set.texts]
@@ -108,7 +120,7 @@ class AnswerEvaluation(CaptionEvaluation):
         if not self._answers:
             return super()._generate(params, frozen, kept)
         model, data, answers = self._model, self.set, self._answers
-        everything, size = merge_params(params, frozen), self.task.config.eval.batch_size
+        everything, size = merge_params(params, frozen), self.config.eval.batch_size
         of_prompt = {}
 
         def candidates(text: str):
@@ -132,7 +144,7 @@ class AnswerEvaluation(CaptionEvaluation):
 
     def _prompt_text(self, instruction: str) -> str:
         """What stands before an answer, in whose light its first word is tokenized."""
-        return fill_prompt(self.task.config.data.prompt, instruction)
+        return fill_prompt(self.config.data.prompt, instruction)
 
 
 def answer_type(answers: Sequence[str]) -> str:

@@ -8,81 +8,132 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxblip.api import ANSWER_DECODING, Decoding, Model, load
+from jaxblip.api import Decoding, Model, load
+from jaxblip.config import apply_overrides, default_config
+from jaxblip.data.text import ANSWER_DECODING
 from jaxblip.errors import UnreadableImages, UserError
 from jaxblip.evaluation.base import Evaluation, Metrics
-from jaxblip.evaluation.evaluate import make_evaluation
-from jaxblip.evaluation.labels import TASK_TITLES
-from jaxblip.evaluation.report import write_report
-from jaxblip.training.environment import describe_environment
-from jaxblip.training.metrics import METRICS_FILE
-from jaxblip.training.restore import load_run
+from jaxblip.evaluation.evaluate import Evaluations, make_scorer, prefixed
+from jaxblip.evaluation.results import (
+    HISTORY_FILE,
+    detail_lines,
+    kept_in,
+    read_predictions,
+    write_results,
+)
+from jaxblip.training.checkpoints import saved_steps
+from jaxblip.training.restore import Run, at_step, load_run
 
-RESULTS_FILE = "results.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-REPORT_FILE = "results.html"
+_POLL_S = 30  # between two looks for a new checkpoint
 
 
 def evaluate(workdir: str, overrides: Sequence[str] = (), step: int | None = None) -> Metrics:
     """Evaluates a checkpoint, prints and saves its metrics.
 
-    Writes `results.json`, `results.html`, and, where images are captioned or captions retrieved,
-    `predictions.jsonl` (image id, instruction, caption, references).
+    Writes `results.json`, and for each evaluation `results.html`, `predictions.jsonl` where
+    something is predicted (image id, instruction, caption, references), and `submission.json`
+    where a benchmark has a form; all but the first with the evaluation's name in theirs, where it
+    has one. One that was killed goes on where it was.
+
+    Raises:
+      UserError: there is no such checkpoint, no evaluation, or one that does not fit.
     """
-    begin = time.perf_counter()
     run = load_run(workdir, overrides, step)
-    config, folder = run.task.config, Path(workdir)
-    if not config.eval.source:
-        raise UserError(
-            "The run has no evaluation source: add --config.eval.source=shapes:heldout or the path "
-            "of a .jsonl file."
-        )
-    evaluation = make_evaluation(run.task, run.tokenizer, run.mesh, run.qformer_tokenizer)
-    what = f"Step {run.step} of {workdir} on {config.eval.source}. {evaluation.describe()}"
-    print(what, flush=True)
-    metrics = evaluation.run(run.params, run.frozen)
-    for name, value in metrics.items():
-        print(f"{name:>15} {value:.4f}")
-    results = {"step": run.step, "source": config.eval.source, **metrics}
-    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
-    if evaluation.predictions:
-        _write_predictions(folder / PREDICTIONS_FILE, evaluation)
-    environment = describe_environment()
-    recorded = folder / METRICS_FILE  # published weights have none
-    write_report(
-        folder / REPORT_FILE,
-        title=TASK_TITLES[config.task],
-        phases=[{"name": "Training", "metrics_jsonl": recorded}] if recorded.is_file() else [],
-        results={
-            **metrics,
-            "seconds": {"evaluation": time.perf_counter() - begin},
-            "versions": environment["versions"],
-            "device": environment["devices"],
-            "cpu_count": environment["cpu_count"],
-        },
-        gallery=evaluation.gallery(),
-        notes=[what],
-    )
-    predictions = [PREDICTIONS_FILE] if evaluation.predictions else []
-    print(f"Written to {workdir}: {', '.join([RESULTS_FILE, *predictions, REPORT_FILE])}")
+    return _evaluate_step(workdir, run, _evaluations(run))
+
+
+def follow(workdir: str, overrides: Sequence[str] = ()) -> dict[int, Metrics]:
+    """Evaluates each checkpoint of a run that is still going on, until that of its last step.
+
+    Beside what `evaluate` writes of the newest, `evaluations.jsonl` has a line of metrics for each;
+    the checkpoints in it are not evaluated again.
+
+    Returns:
+      Metrics by step.
+    """
+    history = Path(workdir) / HISTORY_FILE
+    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+    found = {line.pop("step"): line for line in map(json.loads, lines)}
+    run = load_run(workdir, overrides)
+    evaluations, last = _evaluations(run), run.task.config.steps
+    while last not in found:
+        waiting = [step for step in saved_steps(workdir) if step not in found]
+        for step in waiting:
+            try:
+                run = at_step(run, workdir, step)
+            except (UserError, OSError, ValueError):
+                if step in saved_steps(workdir):
+                    raise
+                continue  # the training has removed it, since it has newer ones
+            found[step] = _evaluate_step(workdir, run, evaluations)
+            if jax.process_index() == 0:
+                with history.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **found[step]}) + "\n")
+        if not waiting:
+            time.sleep(_POLL_S)
+    return found
+
+
+def score_predictions(file: str, overrides: Sequence[str] = ()) -> Metrics:
+    """Scores predictions in a benchmark's form against a source, without any model.
+
+    Args:
+      overrides: `config.eval.source=...`, and perhaps `config.eval.kind=vqa` and field maps.
+
+    Raises:
+      UserError: the source or the predictions cannot be read, or do not fit each other.
+    """
+    config = default_config("stage2")
+    config.lock()
+    apply_overrides(config, overrides)
+    scorer = make_scorer(config)
+    metrics = scorer.score(read_predictions(file, scorer))
+    print(f"{file} on {scorer.source}. {scorer.describe()}")
+    _print(scorer, metrics)
     return metrics
 
 
-def _write_predictions(path: Path, evaluation: Evaluation) -> None:
-    rows = zip(
-        evaluation.set.image_ids.tolist(),
-        evaluation.set.instructions,
-        evaluation.predictions,
-        evaluation.set.captions,
-        strict=True,
+def _evaluations(run: Run) -> Evaluations:
+    parts = run.task, run.tokenizer, run.mesh, run.qformer_tokenizer
+    if evaluations := Evaluations(*parts, java=True):
+        return evaluations
+    raise UserError(
+        "The run has no evaluation source: add --config.eval.source=shapes:heldout or the path "
+        "of a .jsonl file."
     )
-    with path.open("w", encoding="utf-8") as file:
-        for image_id, asked, caption, references in rows:
-            row = {"image_id": image_id, **({"instruction": asked} if asked else {})}
-            row |= {"caption": caption, "references": references}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _evaluate_step(workdir: str, run: Run, evaluations: Evaluations) -> Metrics:
+    begin, folder, found, kept = time.perf_counter(), Path(workdir), [], []
+    what = [f"Step {run.step} of {workdir} on {each.source}. {each.describe()}"
+            for each in evaluations]  # fmt: skip
+    for evaluation, line in zip(evaluations, what, strict=True):
+        _say(line)
+        kept.append(kept_in(folder, evaluation, run.step))
+        metrics = evaluation.run(run.params, run.frozen, kept[-1])
+        _print(evaluation, metrics)
+        found.append((evaluation, metrics))
+    names = write_results(folder, run.step, found, what, time.perf_counter() - begin)
+    for results in kept:
+        results.remove()
+    _say(f"Written to {workdir}: {', '.join(names)}")
+    return prefixed(found)
+
+
+def _print(evaluation: Evaluation, metrics: Metrics) -> None:
+    for name, value in metrics.items():
+        _say(f"{name:>15} {value:.4f}")
+    for line in (*detail_lines(evaluation), *evaluation.notes):
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """Prints, where one process of several speaks for all."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def generate(

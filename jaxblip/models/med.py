@@ -120,7 +120,7 @@ class Med(nn.Module):
             KeyValueProjection,
             in_axes=None,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             axis_size=c.num_layers,
         )(c.num_heads, c.width // c.num_heads, c.kernel_init, self.dtype)
         each_layer, shared = 0, nn.broadcast

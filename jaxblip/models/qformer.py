@@ -140,7 +140,7 @@ class QFormer(nn.Module):
             KeyValueProjection,
             in_axes=None,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             axis_size=c.num_groups,
         )(c.num_heads, c.width // c.num_heads, c.kernel_init, self.dtype)
         scanned = scan_layers(

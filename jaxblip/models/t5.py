@@ -126,7 +126,7 @@ class T5LanguageModel(nn.Module):
             T5KeyValueProjection,
             in_axes=None,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             axis_size=c.num_decoder_layers,
         )(c, self.dtype)
         if not c.tied_head:

@@ -97,6 +97,7 @@ def environment(topology: Topology) -> dict[str, str]:
             "TPU_WORKER_ID": "0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_MIN_LOG_LEVEL": "3",
+            "XLA_FLAGS": "",  # libtpu ends the process at one that it does not know
         }
     # Triton's matrix products are chosen by running them.
     return variables | {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}

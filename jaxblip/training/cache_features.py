@@ -120,6 +120,8 @@ def cache_features(
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     params, references = frozen_params(task, mesh, ["vision"])
     encode = _encoder(task, params, mesh)
+    if jax.process_index():
+        say = lambda line: None  # noqa: E731
     for each in sources:
         if each.name:
             say(f"{each.name}:")
@@ -137,8 +139,8 @@ def _check(config: ConfigDict, to: str, views: int) -> None:
         )
     if trains(config, "vision"):
         raise UserError(
-            "The image encoder trains (config.frozen has no vision), so that its output changes "
-            "with each step: add vision to config.frozen."
+            "The image encoder trains, so that its output changes with each step: add vision to "
+            "config.frozen, and let neither config.trainable nor config.lora.parts name it."
         )
     if views < 1 or storage.is_url(to):
         wrong = f"--views={views} is no number of views" if views < 1 else f"--to={to} is a URL"

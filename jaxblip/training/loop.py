@@ -43,10 +43,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     setup = prepare(config, workdir)
     config, mesh = setup.config, setup.mesh
     evaluations = Evaluations(setup.task, setup.tokenizer, mesh, setup.qformer_tokenizer)
+    evaluations.check_metric(config.checkpoint.best_metric)
     frozen, references = frozen_params(setup.task, mesh)
     if config.data.get("features"):
         check_encoder(setup.sources, references["vision"])
-        if evaluation is None:
+        if not evaluations:
             del frozen["vision"]  # which nothing reads any more
 
     with contextlib.ExitStack() as stack:
@@ -160,6 +161,8 @@ def _description(
         f"frozen; {mesh.size} {mesh.devices.flat[0].platform} device(s), mesh {axes}."
     )
     yield from sharding.replicated_report(state.params, mesh)
+    if config.data.get("features"):
+        yield f"Steps do without the image encoder: its output is in {config.data.features}."
     yield from evaluations.describe()
     beginning = "Resuming at" if step else "Starting from"
     yield f"{beginning} step {step} of {config.steps} in {setup.workdir}."

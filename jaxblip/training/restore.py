@@ -150,8 +150,17 @@ def load_run(workdir: str, overrides: Sequence[str] = (), step: int | None = Non
     tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources=())
     qformer_tokenizer = run_tokenizers.run_qformer_tokenizer(config, workdir, sources=())
 
-    saved = saved_params(f"{workdir}/{FOLDER}/{step}")
-    params = put_params(saved, sharding.tree_shardings(saved, mesh))
+    params = _trained(workdir, step, mesh)
     frozen, references = frozen_params(task, mesh)
     check_frozen(load_frozen_references(workdir, step), references, where=workdir)
     return Run(task, tokenizer, mesh, params, frozen, step, qformer_tokenizer)
+
+
+def at_step(run: Run, workdir: str, step: int) -> Run:
+    """The same run at another of its checkpoints."""
+    return dataclasses.replace(run, params=_trained(workdir, step, run.mesh), step=step)
+
+
+def _trained(workdir: str, step: int, mesh: Mesh) -> Params:
+    saved = saved_params(f"{workdir}/{FOLDER}/{step}")
+    return put_params(saved, sharding.tree_shardings(saved, mesh))

@@ -224,6 +224,16 @@ def test_whole_image_where_scale_and_aspect_are_one():
     np.testing.assert_array_equal(out, square)
 
 
+@pytest.mark.parametrize("aspect", [(1, 1), (3 / 4, 4 / 3)])
+def test_nothing_is_drawn_of_a_crop_of_the_whole_area(aspect):
+    """Also where rounding would leave room for several: of 17 x 16 a square has two places."""
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    boxes = {images.crop_box(17, 16, rng, (1.0, 1.0), aspect) for _ in range(20)}
+    assert boxes == {(0, 0, 16, 16) if aspect == (1, 1) else (0, 0, 16, 17)}
+    assert rng.bit_generator.state == before
+
+
 @pytest.mark.parametrize(
     ("height", "width", "box"),
     [

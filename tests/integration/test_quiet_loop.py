@@ -25,7 +25,7 @@ FIELDS = {
     "optimizer.warmup_steps": 3,
     "eval.source": "",
     "data.num_workers": 0,
-    "data.image_size_px": 16,
+    "data.image_size_px": 24,
     "data.max_text_tokens": 8,
     "model.vision.num_layers": 1,
     "model.vision.width": 16,

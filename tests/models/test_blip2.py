@@ -58,6 +58,7 @@ def counts(name: str, *overrides: str) -> tuple[int, dict[str, int]]:
     [
         ("stage1_vit_g", 186_705_470),  # the number in a public log, to the digit
         ("stage2_vit_g_opt_2_7b", 107_133_696),  # likewise
+        ("caption_opt_2_7b", 1_093_619_584),  # likewise; the image encoder trains at 364 px
         ("stage2_vit_g_opt_6_7b", 108_314_880),
         ("stage2_flan_t5_xl", 106_739_968),
         ("stage2_flan_t5_xxl", 108_314_880),

@@ -24,6 +24,7 @@ CONFIG = ConfigDict(
         "optimizer": dict(
             name="adamw", peak_lr=1e-2, min_lr=1e-3, warmup_init_lr=1e-3, warmup_steps=2,
             b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.05, clip_norm=0.0, accumulation_steps=1,
+            layer_decay={},
         ),
     }
 )  # fmt: skip
