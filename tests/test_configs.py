@@ -16,6 +16,7 @@ from jaxblip.errors import UserError
 from jaxblip.models.language_models import LANGUAGE_MODELS
 from jaxblip.tasks import TASKS, make_task
 from jaxblip.tasks.parts import language_model_config
+from jaxblip.training.data_defaults import with_schedule
 from jaxblip.training.initialize import abstract_params
 from jaxblip.training.optimizer import learning_rate, make_optimizer
 
@@ -61,6 +62,7 @@ def test_a_config_loads_locked_and_builds_its_task(name):
     assert trainable and set(frozen) == set(config.frozen)
     state = jax.eval_shape(make_optimizer(config).init, trainable)
     assert jax.tree.leaves(state)
+    config, _ = with_schedule(config, 1_000_000)
     rate = learning_rate(config)
     assert float(rate(config.optimizer.warmup_steps)) == pytest.approx(config.optimizer.peak_lr)
     assert float(rate(config.steps)) == pytest.approx(config.optimizer.min_lr)

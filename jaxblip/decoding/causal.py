@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxblip.decoding.beam_cache import BeamCache
 from jaxblip.errors import UserError
 from jaxblip.models.attention import causal_mask
+from jaxblip.models.decoder import token_logits
 from jaxblip.models.layers import empty_cache
 from jaxblip.models.opt import token_positions
 
@@ -28,8 +29,12 @@ class CausalDecoder:
             thirds of what a step on few rows moves. Takes the layers' memory once more.
         """
         self._model, self._params, self._layers = language_model, params, None
+        self._head = self._apply(method="head")
         if by_layer:
             self._layers = _taken_apart(params["layers"], language_model.config.num_layers)
+        # On a CPU, XLA multiplies a single row in float32, to which it casts all weights each time.
+        on_cpu = jax.default_backend() == "cpu"
+        self._least_rows = 2 if on_cpu and language_model.dtype == jnp.bfloat16 else 1
 
     def start_ids(self, batch: int) -> None:
         """There are none: what comes before the first new token is embeddings."""
@@ -60,6 +65,8 @@ class CausalDecoder:
                 f"decoding max_new_tokens={max_new_tokens} after a prefix of {prefix} tokens needs "
                 f"{length} positions, but the language model has {limit}: lower max_new_tokens."
             )
+        if batch == 1:  # a beam that nobody asks for does no harm
+            num_beams = max(num_beams, self._least_rows)
         room = num_beams * max_new_tokens
         cache = empty_cache(self._model.config, batch, prefix + room, self._model.dtype)
         mask = jnp.pad(causal_mask(valid), ((0, 0), (0, 0), (0, 0), (0, room)))
@@ -69,18 +76,19 @@ class CausalDecoder:
         if self._layers:
             cache = _taken_apart(cache, len(self._layers))
         state = BeamCache.with_room(cache, valid, num_beams, max_new_tokens)
-        return self._apply(hidden, method="logits"), state
+        return self._logits(hidden), state
 
     def step(
         self, ids: Int[Array, " rows"], index: Int[Array, ""], state: BeamCache
     ) -> tuple[Float[Array, "rows vocab"], BeamCache]:
         """Reads new token number `index` (from 0) of each row; scores the one after it."""
         state, positions = state.with_token(index), state.positions(index)
-        embeddings = self._apply(ids.reshape(positions.shape), method="embed")
+        copies = positions.size // ids.size
+        embeddings = self._apply(jnp.repeat(ids, copies).reshape(positions.shape), method="embed")
         inputs = embeddings, positions, state.mask(index), state.cache, state.place(index)
         hidden, cache = self._read_by_layer(*inputs) if self._layers else self._apply(*inputs)
-        hidden = hidden.reshape(len(ids), -1)
-        return self._apply(hidden, method="logits"), state.replace(cache=cache)
+        hidden = hidden.reshape(positions.size, -1)[::copies]
+        return self._logits(hidden), state.replace(cache=cache)
 
     def reorder(self, state: BeamCache, parents: Int[Array, "batch beams"]) -> BeamCache:
         """The state in which beam j of each row continues that row's former beam `parents[j]`."""
@@ -88,6 +96,11 @@ class CausalDecoder:
 
     def _apply(self, *inputs, method=None):
         return self._model.apply({"params": self._params}, *inputs, method=method)
+
+    def _logits(self, hidden):
+        if (rows := len(hidden)) < self._least_rows:
+            hidden = jnp.repeat(hidden, self._least_rows, axis=0)
+        return token_logits(hidden, self._head)[:rows]
 
     def _read_by_layer(self, embeddings, positions, mask, caches, place):
         """What the whole model does, by a model of one layer, with the parameters of each."""

@@ -89,7 +89,7 @@ class Evaluation(abc.ABC):
         return self.set.image_ids.tolist()
 
     def submission(self) -> list[dict[str, Any]]:
-        """The predictions in the form in which the benchmark takes them; empty where it has none."""
+        """The predictions in the form in which the benchmark takes them; empty without one."""
         if self.handed_in is None:
             return []
         key, value = self.handed_in

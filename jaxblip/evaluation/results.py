@@ -87,7 +87,7 @@ def read_predictions(file: str, evaluation: Evaluation) -> list[str]:
     try:
         entries = parse_json(Path(file).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): it must be JSON, like {form}.") from error
+        raise UserError(f"{file} cannot be read ({error}): write it like {form}.") from error
     if not isinstance(entries, list):
         raise UserError(f"{file} is {shown_json(entries)}, not a list: write it like {form}.")
     found: dict[str, str] = {}

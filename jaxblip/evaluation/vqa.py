@@ -35,7 +35,7 @@ they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what
 what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
 won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
-# Each is also found with one of its apostrophes missing; one entry of the script goes the other way.
+# Each also stands for itself without one of its apostrophes; one entry goes the other way.
 _RESTORED = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTIONS

@@ -43,10 +43,10 @@ class TextEmbeddings(nn.Module):
     ) -> Float[Array, "batch text width"]:
         return self.token_embedding(ids) + self.position_embedding(positions)
 
-    def attend(self, x: Float[Array, "batch text width"]) -> Float[Array, "batch text vocab"]:
+    def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Scores of every word in float32: the tied output embedding."""
         words = self.token_embedding.embedding.astype(self.dtype)
-        return float32_sums(x, words.T, (((2,), (0,)), ((), ())))
+        return float32_sums(x, words.T, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 class PredictionHead(nn.Module):

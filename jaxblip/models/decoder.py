@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxblip.models.attention import Mask
-from jaxblip.models.layers import KeyValues
+from jaxblip.models.layers import KeyValues, float32_sums
 
 
 class DecoderLanguageModel(nn.Module):
@@ -57,6 +57,17 @@ class DecoderLanguageModel(nn.Module):
         x, cache = self.layers(*inputs, cache, cache_position)
         return self.final_norm(x), cache
 
+    def head(self) -> Float[Array, "width vocab"]:
+        """What gives the scores of tokens: here the word embeddings."""
+        return self.token_embedding.embedding.astype(self.dtype).T
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the next token, by the word embeddings."""
-        return self.token_embedding.attend(hidden)
+        """Scores of the next token."""
+        return token_logits(hidden, self.head())
+
+
+def token_logits(
+    hidden: Float[Array, "*batch width"], head: Float[Array, "width vocab"]
+) -> Float[Array, "*batch vocab"]:
+    """Scores of the next token, in float32, by the `head` of a language model."""
+    return float32_sums(hidden, head, (((hidden.ndim - 1,), (0,)), ((), ())))

@@ -167,6 +167,11 @@ class LlamaLanguageModel(DecoderLanguageModel):
             mask = last_visible(mask, self.config.sliding_window)
         return embeddings, mask, rotary_tables(self.config, positions)
 
+    def head(self):
+        if self.config.tied_head:
+            return super().head()
+        return self.lm_head.variables["params"]["kernel"].astype(self.dtype)
+
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token."""
         return super().logits(hidden) if self.config.tied_head else self.lm_head(hidden)

@@ -41,8 +41,9 @@ class BlipRetrievalTask(RetrievalTask):
         text_rng, match_rng, negative_rng = (
             (None, None, jax.random.key(0)) if rng is None else jax.random.split(rng, 3)
         )
+        vision_rng = None if rng is None else jax.random.fold_in(rng, 3)
         images, *texts = self.model_inputs(batch)
-        features = self.apply(params, images, method="image_features")
+        features = self.apply(params, images, method="image_features", rng=vision_rng)
         image_embeds = self.embed_images(params, features)
         text_embeds = self.apply(params, *texts, method="embed_texts", rng=text_rng)
         itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)

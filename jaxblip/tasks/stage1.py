@@ -39,8 +39,9 @@ class Stage1Task(RetrievalTask):
         packed_rng, match_rng, negative_rng = (
             (None, None, jax.random.key(0)) if rng is None else jax.random.split(rng, 3)
         )
+        vision_rng = None if rng is None else jax.random.fold_in(rng, 3)
         images, text_ids, text_mask = self.model_inputs(batch)
-        features = self.apply(params, images, method="image_features")
+        features = self.apply(params, images, method="image_features", rng=vision_rng)
         image = self.apply(params, features, method="read_image")
         image_embeds, text_embeds, hidden = self.apply(
             params, image, text_ids, text_mask, method="contrast_and_caption", rng=packed_rng
