@@ -33,6 +33,8 @@ setup(
         "jaxtyping",
         "pillow",
         "simplejpeg>=1.9",  # decodes JPEGs into arrays, at a reduced size where that will do
+        # Resizes with SIMD. Linux on ARM, for which there is no wheel, does without it.
+        'cykooz_resizer>=4; platform_machine != "aarch64"',
         "rich",
         "tensorboardX",
         "matplotlib",

@@ -5,11 +5,14 @@
 writes photo-like JPEGs of 640x480 into a temporary folder, and lets each pipeline make batches of
 them: decoded, random crop to 224x224 (bicubic, antialiased), mirrored half of the time, caption
 tokenized. All have the same number of worker processes. They take turns for some seconds each, in
-several rounds, while the others are stopped; the figures are medians of the rounds.
+several rounds, there and back, while the others are stopped. The figures are medians of the rounds,
+and ratios those of the ratios in each round. What else the machine does makes them worse, and CPU
+time least: the share of the cores that others took is among the figures.
 
 | name | |
 |---|---|
 | jaxblip | `TrainBatches` over a JSONL file |
+| jaxblip_threads | the same with `num_workers=0`: two threads, whatever the number of workers |
 | pytorch | a DataLoader with Pillow and the transforms of torchvision, written out |
 | webdataset | the same transforms over tar shards |
 | bare | the decoder and the resampler of jaxblip in a loop, in as many processes |
@@ -51,8 +54,17 @@ NUM_SHARDS = 8
 START_S, START_BATCHES = 120, 8  # before the turns: so many batches, within this time
 WARM_UP_S = 1.0  # of each turn, not counted
 MEMORY_STEP = 50_000  # examples
-PEERS = {"pytorch": "torch", "webdataset": "webdataset", "bare": "", "bare_1": ""}
-PACKAGES = ("jaxblip", "grain", "numpy", "pillow", "simplejpeg", "torch", "webdataset")
+OTHERS = 0.05  # share of the cores that others may take before a line says so
+PEERS = {  # each with the package that it needs
+    "jaxblip_threads": "",
+    "pytorch": "torch",
+    "webdataset": "webdataset",
+    "bare": "",
+    "bare_1": "",
+}
+PACKAGES = (
+    "jaxblip", "grain", "numpy", "pillow", "simplejpeg", "cykooz_resizer", "torch", "webdataset"
+)  # fmt: skip
 WORDS = "a the dog cat man woman street red small with on near sitting holding green table".split()
 
 
@@ -180,6 +192,11 @@ def run_jaxblip(folder: Path, workers: int, done) -> None:
         done.value += len(batch["image"])
 
 
+def run_jaxblip_threads(folder: Path, workers: int, done) -> None:
+    del workers
+    run_jaxblip(folder, 0, done)
+
+
 def torch_transform(image: Image.Image):
     """RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, as torchvision does them.
 
@@ -298,6 +315,7 @@ def run_bare_1(folder: Path, seed: int, done) -> None:
 
 PIPELINES: dict[str, Callable] = {
     "jaxblip": run_jaxblip,
+    "jaxblip_threads": run_jaxblip_threads,
     "pytorch": run_pytorch,
     "webdataset": run_webdataset,
     "bare": run_bare,
@@ -329,18 +347,20 @@ class Pipeline:
     def turn(self, seconds: float) -> dict[str, float]:
         self._each("resume")
         time.sleep(WARM_UP_S)
-        begin, done, cpu_s = time.monotonic(), self._images(), self._cpu_s()
+        begin, done, cpu_s, all_s = time.monotonic(), self._images(), self._cpu_s(), _busy_s()
         memory = []
         while time.monotonic() < begin + seconds or self._images() == done:
             time.sleep(seconds / 10)
             memory.append(sum(self._each("memory_info", "rss")))
             if not self._process.is_alive():
                 sys.exit(f"The pipeline {self._process.name} has ended.")
-        images = self._images() - done
+        images, seconds = self._images() - done, time.monotonic() - begin
+        cpu_s, all_s = self._cpu_s() - cpu_s, _busy_s() - all_s
         measured = {
-            "images_per_second": images / (time.monotonic() - begin),
-            "cpu_ms_per_image": 1000 * (self._cpu_s() - cpu_s) / images,
+            "images_per_second": images / seconds,
+            "cpu_ms_per_image": 1000 * cpu_s / images,
             "memory_mib": max(memory) / 2**20,
+            "others": max(0, all_s - cpu_s) / (seconds * os.cpu_count()),
         }
         self._each("suspend")
         return measured
@@ -363,6 +383,13 @@ class Pipeline:
         return [getattr(result, attribute) for result in results] if attribute else results
 
 
+def _busy_s() -> float:
+    """Of all cores; what another virtual machine had of them counts too."""
+    times = psutil.cpu_times()._asdict()
+    # Linux has guests in the time of users already.
+    return sum(times[name] for name in times.keys() - {"idle", "iowait", "guest", "guest_nice"})
+
+
 def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
     """The figures of all pipelines, and a table of them."""
     names = ["jaxblip"]
@@ -378,8 +405,9 @@ def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
         for name in names:
             pipelines[name] = Pipeline(name, folder, workers)
         turns = [
-            {name: pipeline.turn(seconds) for name, pipeline in pipelines.items()}
-            for _ in range(rounds)
+            # There and back, so that nobody always comes behind the same one.
+            {name: pipelines[name].turn(seconds) for name in names[:: -1 if number % 2 else 1]}
+            for number in range(rounds)
         ]
     finally:
         for pipeline in pipelines.values():
@@ -388,20 +416,27 @@ def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
     def median(name: str, figure: str) -> float:
         return statistics.median(turn[name][figure] for turn in turns)
 
-    def ratio(peer: str) -> float | None:
-        """Of neighbours in time, so that what else the machine does touches both."""
+    def ratio(ours: str, peer: str, figure: str = "images_per_second") -> float | None:
+        """Of the same round, so that what else the machine does touches both."""
         if peer not in names:
             return None
-        rates = ([turn[name]["images_per_second"] for turn in turns] for name in ("jaxblip", peer))
-        return round(statistics.median(ours / theirs for ours, theirs in zip(*rates)), 3)
+        ratios = (turn[ours][figure] / turn[peer][figure] for turn in turns)
+        return round(statistics.median(ratios), 3)
 
+    others = statistics.median(figures["others"] for turn in turns for figures in turn.values())
     speed = {name: round(median(name, "images_per_second"), 1) for name in names}
     figures = {
         "images_per_second": speed["jaxblip"],
         "peers": {name: speed[name] for name in names[1:]},
-        "ratio_torch": ratio("pytorch"),
-        "ratio_webdataset": ratio("webdataset"),
-        "ratio_bare": ratio("bare"),
+        "ratio_torch": ratio("jaxblip", "pytorch"),
+        "ratio_webdataset": ratio("jaxblip", "webdataset"),
+        "ratio_bare": ratio("jaxblip", "bare"),
+        "ratio_torch_threads": ratio("jaxblip_threads", "pytorch"),
+        "ratio_bare_threads": ratio("jaxblip_threads", "bare"),
+        # Of CPU time it is the other that is divided.
+        "ratio_torch_cpu": ratio("pytorch", "jaxblip", "cpu_ms_per_image"),
+        "ratio_bare_cpu": ratio("bare", "jaxblip", "cpu_ms_per_image"),
+        "others": round(others, 3),
         "cpu_ms_per_image": {name: round(median(name, "cpu_ms_per_image"), 3) for name in names},
         "peak_memory_mib": {
             name: round(max(turn[name]["memory_mib"] for turn in turns)) for name in names
@@ -412,8 +447,11 @@ def take_turns(folder: Path, workers: int, rounds: int, seconds: float) -> dict:
     for name in names:
         cpu_ms, memory = (figures[key][name] for key in ("cpu_ms_per_image", "peak_memory_mib"))
         print(f"| {name} | {speed[name]:.0f} | {cpu_ms:.2f} | {memory} |")
-    for peer in ("torch", "webdataset", "bare"):
-        print(f"ratio_{peer} {figures[f'ratio_{peer}']}")
+    for name in figures:
+        if name.startswith("ratio_"):
+            print(name, figures[name])
+    if others > OTHERS:
+        print(f"Other processes took {others:.0%} of the cores meanwhile: of little worth.")
     return figures
 
 

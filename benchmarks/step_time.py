@@ -37,6 +37,7 @@ from workloads import (  # noqa: E402
 from jaxblip.tasks import FROM_FEATURES  # noqa: E402
 
 DTYPES = ("bfloat16", "float32")
+PEERS = ("torch", "lavis")
 # Dense bf16 operations a second, from the data sheets; of a CPU a product is timed.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -46,7 +47,10 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="stage1")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch-size", type=int, default=0, help="by default that of the size")
-    parser.add_argument("--peer", action="store_true", help="PyTorch, in turns with ours")
+    parser.add_argument(
+        "--peer", nargs="?", const="torch", choices=PEERS,
+        help="PyTorch, in turns with ours; lavis: beside it salesforce-lavis, where there is one",
+    )  # fmt: skip
     parser.add_argument(
         "--features", action="store_true", help="the step from image features too, in turns with it"
     )
@@ -57,6 +61,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.features and options.task not in FROM_FEATURES:
         parser.error(f"--features: the task {options.task} does not train from image features")
+    if options.peer == "lavis":
+        from peers.lavis_step import LavisStep, lavis_python
+
+        lavis_python()  # before anything takes time
     device = jax.devices()[0]
     config = make_config(options.task, options.size, options.batch_size, options.dtype)
     ours = OurStep(config)
@@ -70,6 +78,8 @@ def main() -> None:
         steps["torch"] = TorchStep(config, batch, bfloat16=not on_cpu)
         if on_cpu:
             steps["torch, bf16"] = TorchStep(config, batch, bfloat16=True)
+    if options.peer == "lavis":
+        steps["lavis"] = LavisStep(config, batch)
     seconds = interleaved(steps, options.rounds, options.steps)
     operations = dict.fromkeys(steps, ours.operations)
     if options.features:

@@ -24,6 +24,7 @@ from jaxblip.data.eval_sections import KINDS, check_field
 from jaxblip.data.mixture import WEIGHT, check_section
 from jaxblip.errors import UserError
 from jaxblip.models.clip import ClipTextConfig
+from jaxblip.models.connectors import QFORMER, PerceiverConfig
 from jaxblip.models.language_models import config_class
 from jaxblip.models.med import MedConfig
 from jaxblip.models.qformer import QFormerConfig
@@ -35,11 +36,15 @@ from jaxblip.tasks.parts import language_model_config, language_model_section, m
 # Fields that may differ when a run goes on in its work directory. They change no result but for
 # the batch size, with which it goes on behind the same example.
 MAY_CHANGE_ON_RESUME = (
+    "attention",
     "batch_size",
     "mesh",
+    *(f"model.{part}.remat" for part in ("vision", "text", "qformer", "language_model")),
+    "loss.vocab_chunk",
     "data.num_workers",
     "data.max_bad_share",
     "log_every_steps",
+    "warn_at_chance_steps",
     "max_skipped_in_a_row",
     "checkpoint",
     "eval",
@@ -66,11 +71,17 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     config.batch_size = 1680  # examples a step, over all devices
     config.compute_dtype = "bfloat16"  # of activations; parameters that train are float32
     config.frozen_dtype = "bfloat16"  # of parameters that do not train
+    # Kernel of attention: "auto", the best that the platform has, "xla", "cudnn" (NVIDIA), or
+    # "pallas" (TPU); XLA takes what the kernel cannot
+    config.attention = "auto"
     config.frozen = TASKS[task].frozen  # path prefixes of the parameters that do not train
     # Longer prefixes of what trains nevertheless, such as qformer/query_tokens of a frozen qformer
     config.trainable = ()
     config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
     config.log_every_steps = 50  # steps between two lines of metrics
+    if "retrieval" in KINDS[task]:
+        # steps after which a line says which losses are still where guessing leaves them; 0 = never
+        config.warn_at_chance_steps = 1000
 
     config.model = _model(task, language_model)
     config.lora = _lora(task)
@@ -181,6 +192,9 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     # What is measured, one of `data.eval_sections.KINDS`; "" = the first of the task's
     evaluation.kind = ""
     evaluation.source = ""  # evaluation source, as data.train; "" = no evaluation
+    # Last examples of data.train that are kept from training and evaluated where there is no
+    # evaluation source; 0 = none
+    evaluation.heldout_examples = 0
     # Several evaluations: name -> a section with its own fields of config.eval, and perhaps prompt,
     # such as --config.eval.set.nocaps.source=nocaps.json; see docs/evaluation.md
     evaluation.set = ConfigDict()
@@ -260,6 +274,11 @@ def _model(task: str, language_model: str) -> ConfigDict:
         # vocab_size = 0 stands for the tokenizer's number of entries
         model.qformer = model_fields(QFormerConfig, vocab_size=0)
         model.vision_norm_epsilon = 1e-5  # as in LAVIS; the Hugging Face port has 1e-6
+        # What makes visual tokens of the image's: qformer, or in its place linear, mlp (LLaVA-1.5)
+        # or perceiver (Flamingo), which read no text, so that stage 1 has qformer only
+        model.connector = QFORMER
+    if task in STAGE2_TASKS:
+        model.perceiver = model_fields(PerceiverConfig)
     if task == "stage2":
         del model.qformer["vocab_size"], model.qformer["max_positions"]  # there is no text side
     if task == "stage1":

@@ -46,17 +46,23 @@ Examples:
 """
 
 EVALUATE = f"""\
-Evaluates a checkpoint: recall at 1, 5 and 10 for the tasks clip, stage1 and blip_retrieval (the
-last two with ITM re-ranking), exact match and BLEU-4 of captions or answers for stage2,
-instruct, blip_caption and blip_vqa, perplexity for language_model. Prints the metrics and writes
-into the work directory
-  results.json        the metrics
-  predictions.jsonl   the caption generated, or retrieved, for each image
-  results.html        the same with the images, to look at
+Evaluates a checkpoint, prints the metrics, and writes into the work directory
+  results.json        the metrics, and how they were measured
+  predictions.jsonl   what was said, retrieved or chosen for each entry of the set
+  submission.json     the same as benchmarks take it (COCO, NoCaps, VQA, GQA)
+  results.html        a page with the images, to look at
+Killed and started again, it goes on where it was.
+
+--config.eval.source names the data, --config.eval.kind what is measured: captions, vqa, okvqa,
+gqa, retrieval, classification or loss; by default what the task is for. Several evaluations are
+sections with names, --config.eval.set.NAME.source=... and so on; see docs/evaluation.md.
 
 {OF_A_RUN}
-Example:
+Examples:
   jaxblip evaluate --workdir=runs/demo/stage1 --config.eval.source=shapes:heldout
+  jaxblip evaluate --workdir=runs/mine --follow
+  jaxblip evaluate --predictions=said.json --config.eval.kind=vqa \\
+      --config.eval.source=questions.json,annotations.json
 """
 
 GENERATE = f"""\

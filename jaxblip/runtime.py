@@ -22,6 +22,8 @@ TIMEOUTS_S = {
 }
 # For a process that fails: its peers may be about to say the same.
 _SHUTDOWN_AFTER_FAILURE_S = 5
+# A run compiles dozens of small programs beside its step: JAX keeps those of more than a second.
+_WORTH_KEEPING_S = 0.1
 
 
 def join_peers(environ: Mapping[str, str] = os.environ) -> None:
@@ -134,3 +136,5 @@ def keep_compilations(environ: Mapping[str, str] = os.environ) -> None:
     except OSError:
         return  # a home that cannot be written is no reason not to train
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_S)

@@ -50,7 +50,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embedding/kernel", (None, None, None, "fsdp")),  # [patch, patch, 3, width]
     (r"patch_embedding/bias", (None,)),  # [width]
     (r"cls_token", ()),
-    (r"query_tokens", (None, "fsdp")),  # [queries, width]
+    (r"query_tokens|latents", (None, "fsdp")),  # [queries, width]
     (r"ns_coeffs", (None,)),  # Muon's polynomial, in the optimizer state
     # projections and heads
     (r"lm_head/kernel", ("fsdp", "tensor")),  # [width, vocab]

@@ -12,7 +12,7 @@
 set -eu
 
 if [ $# -lt 4 ] || [ "$3" != -- ]; then
-    echo "launch/tpu_vm.sh: write launch/tpu_vm.sh NAME ZONE -- COMMAND …" >&2
+    echo "launch/tpu_vm.sh: write launch/tpu_vm.sh NAME ZONE -- jaxblip train --config=FILE.py --workdir=DIR" >&2
     exit 2
 fi
 name=$1 zone=$2

@@ -60,6 +60,10 @@ def _stage2(recipe, vision, architecture, language_model):
     config.steps = 80_000  # paper §3.4
     config.optimizer.warmup_steps = 2000  # paper §3.4
     config.optimizer.min_lr = 5e-5  # paper §3.4
+    # The language model's parameters are split over all devices. Where each has few examples, as on
+    # a pod, --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=2 moves fewer bytes
+    # (docs/scaling.md).
+    config.mesh.data, config.mesh.fsdp = 1, -1
     return config
 
 

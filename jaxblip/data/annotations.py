@@ -97,7 +97,7 @@ def _rows(
         form, make = "COCO captions", lambda: _coco(first, left_out)
     elif isinstance(first, dict) and "images" in first:
         form, make = "Karpathy's", lambda: _karpathy(first, split)
-    elif isinstance(first, dict) and "imageId" in (next(iter(first.values()), None) or ()):
+    elif isinstance(first, dict) and _is_gqa(first):
         form, make = "GQA", lambda: _each(list(first.items()), "the object", _gqa)
     elif isinstance(first, dict) and "questions" in first:
         raise UserError(
@@ -222,6 +222,11 @@ def _vqa(questions: Any, annotations: Any, left_out: LeftOut) -> list[dict[str, 
         if key not in asked:
             left_out.add("annotations without a question", f"question {key}")
     return rows
+
+
+def _is_gqa(document: dict[str, Any]) -> bool:
+    first = next(iter(document.values()), None)
+    return isinstance(first, dict) and "imageId" in first
 
 
 def _gqa(question: tuple[str, Any]) -> dict[str, Any]:

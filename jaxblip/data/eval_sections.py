@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from jaxblip.data.heldout import heldout_count
 from jaxblip.data.text import ANSWER_DECODING, INSTRUCTION, QUESTION, QUESTION_FOR_ENCODER
 from jaxblip.errors import UserError
 
@@ -14,18 +15,18 @@ from jaxblip.errors import UserError
 _OF_TEXTS = ("captions", "vqa", "okvqa", "gqa", "loss")
 KINDS = {
     "blip_caption": ("captions", "loss"),
-    "blip_retrieval": ("retrieval", "classification"),
+    "blip_retrieval": ("retrieval", "classification", "loss"),
     "blip_vqa": ("vqa", "okvqa", "gqa", "captions", "loss"),
-    "clip": ("retrieval", "classification"),
+    "clip": ("retrieval", "classification", "loss"),
     "instruct": _OF_TEXTS,
     "language_model": ("loss",),
-    "stage1": ("retrieval", "classification"),
+    "stage1": ("retrieval", "classification", "loss"),
     "stage2": _OF_TEXTS,
 }
 QUESTION_KINDS = ("vqa", "okvqa", "gqa")
 # Fields of config.data that an evaluation may have of its own, beside those of config.eval.
 OF_DATA = ("prompt", "max_words", "max_text_tokens", "max_input_tokens", "max_instruction_tokens")
-_OF_THE_RUN = ("set", "every_steps", "heldout_share")  # fields of config.eval that are about all
+_OF_THE_RUN = ("set", "every_steps", "heldout_examples")  # fields of config.eval that are about all
 
 
 def configs_of_evaluations(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -38,8 +39,10 @@ def configs_of_evaluations(config: ConfigDict) -> dict[str, ConfigDict]:
     Raises:
       UserError: a section names no source, or a kind that the task has not.
     """
+    if not config.eval.set and not config.eval.source:
+        return _of_heldout(config) if heldout_count(config) else {}
     if not config.eval.set:
-        return {"": _completed(config, "", {})} if config.eval.source else {}
+        return {"": _completed(config, "", {})}
     found = {}
     for name, section in config.eval.set.items():
         of_evaluation = config.copy_and_resolve_references()
@@ -56,6 +59,16 @@ def configs_of_evaluations(config: ConfigDict) -> dict[str, ConfigDict]:
                 "file or a folder."
             )
         found[name] = _completed(of_evaluation, name, section)
+    return found
+
+
+def _of_heldout(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Of the examples that are kept from training; of stage 1 also what its log says of a batch."""
+    found = {"": _completed(config, "", {})}
+    if found[""].eval.kind == "retrieval":
+        in_batch = config.copy_and_resolve_references()
+        in_batch.eval.kind = "loss"
+        found["in_batch"] = _completed(in_batch, "in_batch", {})
     return found
 
 

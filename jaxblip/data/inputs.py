@@ -161,7 +161,7 @@ def make_preprocess(
         prefix_lm=config.loss.get("prefix_lm", False),
         instruction_encoder=(
             instruction_encoder(config, qformer_tokenizer or tokenizer)
-            if "max_instruction_tokens" in data
+            if "instruction_ids" in fields
             else None
         ),
         max_instruction_tokens=data.get("max_instruction_tokens", 0),

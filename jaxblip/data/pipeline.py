@@ -31,6 +31,7 @@ from jaxblip.data.samples import (
     Source,
     counts_as_text,
 )
+from jaxblip.data.shared_images import SharedImages
 from jaxblip.errors import RunStopped
 
 _COUNTED = SKIP_REASONS + CONVERSIONS
@@ -41,6 +42,7 @@ _MAX_TRIES = 100
 # Workers that die one after the other at the same batch, after which the run stops.
 _MAX_DEATHS = 3
 _DEATH = "terminated unexpectedly"  # in Grain's words
+_worker_index: int | None = None  # of this process, where it is a worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Row:
         self._index, self._state = index, state
         self._rng = _generator(state)
         self.arrays: dict[str, np.ndarray] | None = None
+        self.pixels: np.ndarray | None = None  # of the image, in the batch
         self.counts, self._conversions = Counter(), Counter()
         self.first_bad = ""
 
@@ -106,7 +109,7 @@ class _Row:
         preprocess = self.part.preprocess
         if "image" in preprocess.fields:
             image = self._example["image"]
-            self.arrays["image"] = preprocess.image(image, self._rng, self._conversions)
+            self.pixels[...] = preprocess.image(image, self._rng, self._conversions)
         if "image_features" in preprocess.fields:
             views = self._example["image_features"]
             self.arrays["image_features"] = preprocess.image_features(views, self._rng)
@@ -151,14 +154,29 @@ _STAGES = tuple(zip(STAGES, (_Row.read, _Row.make_texts, _Row.make_image), stric
 class _MakeBatch:
     """Draws to a batch, with what is counted of each part.
 
-    `arrays` is empty where a row found no good example, and `lost` says of which part. Nothing
-    about the data may raise here, because it would end the worker.
+    `arrays` has at most images where a row found no good example, and `lost` says of which part.
+    Nothing about the data may raise here, because it would end the worker.
+
+    Attributes:
+      parts: where the draws are from.
+      shared: where a worker writes images; `shared_place` says where they are instead of `arrays`.
     """
 
     parts: Sequence[Part]
+    shared: SharedImages | None
 
     def __call__(self, draws: Sequence[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
         rows = [_Row(self.parts[number], number, *rest) for number, *rest in draws]
+        fields, arrays, shared_place = self.parts[0].preprocess.fields, {}, []
+        if "image" in fields:
+            if self.shared:
+                images, shared_place = self.shared.take(_worker_index)
+            else:
+                images = np.empty(_images_shape(self.parts, len(rows)), np.uint8)
+            for row, pixels in zip(rows, images, strict=True):
+                row.pixels = pixels
+            if not shared_place:
+                arrays["image"] = images
         # Stage by stage, because Python is three times slower right behind a decoder, which has
         # emptied the caches.
         bad, seconds = set(), []
@@ -173,9 +191,15 @@ class _MakeBatch:
             seconds.append(time.perf_counter() - begin)
         for place in bad:
             rows[place].find()
-        return self._stacked(rows) | {"seconds": np.array(seconds)}
+        counted = self._counted(rows)
+        if not counted["lost"].any():
+            for field in fields:
+                if field != "image":
+                    arrays[field] = np.stack([row.arrays[field] for row in rows])
+        counted["seconds"] = np.array(seconds)
+        return {"arrays": arrays, "shared_place": shared_place} | counted
 
-    def _stacked(self, rows: Sequence[_Row]) -> dict[str, Any]:
+    def _counted(self, rows: Sequence[_Row]) -> dict[str, Any]:
         counts = np.zeros((len(self.parts), len(_COUNTED)), np.int64)
         drawn, lost = np.zeros((2, len(self.parts)), np.int64)
         first_bad = [""] * len(self.parts)
@@ -184,14 +208,7 @@ class _MakeBatch:
             drawn[row.number] += 1
             lost[row.number] += row.arrays is None
             first_bad[row.number] = first_bad[row.number] or row.first_bad
-        fields = () if lost.any() else self.parts[0].preprocess.fields
-        return {
-            "arrays": {field: np.stack([row.arrays[field] for row in rows]) for field in fields},
-            "counts": counts,
-            "drawn": drawn,
-            "first_bad": first_bad,
-            "lost": lost,
-        }
+        return {"counts": counts, "drawn": drawn, "first_bad": first_bad, "lost": lost}
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:
@@ -200,13 +217,20 @@ def _generator(state: dict[str, Any]) -> np.random.Generator:
     return np.random.Generator(bits)
 
 
-def _end_with_parent(worker_index: int, worker_count: int) -> None:
+def _images_shape(parts: Sequence[Part], rows: int) -> tuple[int, int, int, int]:
+    size = parts[0].preprocess.image_size_px
+    return rows, size, size, 3
+
+
+def _begin_worker(worker_index: int, worker_count: int) -> None:
     """Ends this worker when the process that started it dies, be it by SIGKILL, and not before.
 
     Grain's workers would wait for it for ever, and hold its terminal and its memory. And where a
     signal goes to all processes (Slurm's SIGTERM, Ctrl-C), it is the parent that knows what to do.
     """
-    del worker_index, worker_count
+    del worker_count
+    global _worker_index
+    _worker_index = worker_index
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -229,18 +253,23 @@ def made_ahead(
     Raises:
       RuntimeError: from `next`, when a worker dies (`is_death`).
     """
-    threads = min(2, prefetch)
+    # A worker has no threads, which would empty each other's caches: what it makes ahead is queued.
+    threads, ahead = (0, 0) if num_workers else (min(2, prefetch), prefetch)
     elements = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     )
     if num_workers:
+        # Shared memory takes 0.1 ms to set up and to remove: only for what takes longer to pickle.
+        elements = grain.experimental.WithOptionsIterDataset(
+            elements, grain.experimental.DatasetOptions(min_shm_size=2**17)
+        )
         # Grain's workers read absl flags, which only absl's own `app.run` parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(
             num_workers=num_workers, per_worker_buffer_size=prefetch
         )
-        elements = elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        elements = elements.mp_prefetch(options, worker_init_fn=_begin_worker)
     return iter(elements)
 
 
@@ -350,8 +379,13 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self._stop_if_too_many_are_bad(batch)
         self.examples_seen += self._batch_size
         self.batches_made += 1
-        # Plain arrays, since those of workers lie in shared memory that Grain frees late.
-        return {field: np.array(rows) for field, rows in batch["arrays"].items()}
+        arrays = batch["arrays"]
+        if self._num_workers:
+            # Plain arrays, since large ones lie in shared memory that Grain frees late.
+            arrays = {field: np.array(rows) for field, rows in arrays.items()}
+        if batch["shared_place"]:
+            arrays["image"] = self._shared.read(batch["shared_place"])
+        return arrays
 
     def state(self) -> dict[str, Any]:
         """JSON-able: `start_example=state["examples_seen"], counters=state` goes on from here.
@@ -377,6 +411,8 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         self._iterator.close()
+        if self._shared:
+            self._shared.close()
 
     def __enter__(self) -> TrainBatches:
         return self
@@ -387,8 +423,15 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     def _start(self) -> grain.DatasetIterator:
         """Batches from the position on."""
         index, count = self._process
+        rows = self._batch_size // count
+        self._shared = None
+        if self._num_workers and "image" in self._parts[0].preprocess.fields:
+            # As many as wait in the queue of a worker and behind it, and those between.
+            places = 2 * self._prefetch + 3
+            shape = _images_shape(self._parts, rows)
+            self._shared = SharedImages(self._num_workers, places, shape)
         dataset = self._draws[self.examples_seen :][index::count].batch(
-            self._batch_size // count, drop_remainder=True, batch_fn=_MakeBatch(self._parts)
+            rows, drop_remainder=True, batch_fn=_MakeBatch(self._parts, self._shared)
         )
         return made_ahead(dataset, self._num_workers, self._prefetch)
 
@@ -400,7 +443,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
                 if not is_death(error):
                     raise
                 self.restarts += 1
-                self._iterator.close()
+                self.close()
                 self._iterator = self._start()
         raise RunStopped(
             f"Worker processes were killed {_MAX_DEATHS} times in a row while they prepared the "

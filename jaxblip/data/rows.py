@@ -203,9 +203,10 @@ def texts_of(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> 
 
 
 def facts_of(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Those of `FACTS` that a row has: numbers and texts."""
+    """Those of `FACTS` that a row has: an id, which may be a number, and names of groups."""
     found = {name: _value(row, columns, name) for name in FACTS}
-    return {name: value for name, value in found.items() if isinstance(value, int | str)}
+    found = {name: value for name, value in found.items() if isinstance(value, int | str)}
+    return {name: x if name == "question_id" else str(x) for name, x in found.items()}
 
 
 def image_id(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> int:

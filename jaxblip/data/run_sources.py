@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxblip.data.captions import EachCaption
 from jaxblip.data.eval_set import EvalSet, iterate_eval_images
+from jaxblip.data.heldout import heldout_part, trained_part
 from jaxblip.data.mixture import (
     WEIGHT,
     TrainSource,
@@ -59,18 +60,21 @@ def _open_train_source(config: ConfigDict) -> Source:
         raise UserError(
             f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
         )
-    source = _open(config, data.train, data)
+    source = trained_part(config, _open(config, data.train, data))
     _check_instructions(config, source, data.train, prompts)
     return EachCaption(source) if _why_all(data) else source
 
 
 def read_eval_set(config: ConfigDict, images: bool = True) -> EvalSet:
     """The evaluation images with all their captions, in memory; or the captions alone."""
-    data = config.data
-    source = _open(config, config.eval.source, config.eval)
+    data, name = config.data, config.eval.source
+    if name:
+        source = _open(config, name, config.eval)
+    else:
+        source, name = heldout_part(config, _open(config, data.train, data)), data.train
     if not images and hasattr(source, "without_images"):
         source = source.without_images()
-    _check_instructions(config, source, config.eval.source, [data.prompt])
+    _check_instructions(config, source, name, [data.prompt])
     return iterate_eval_images(
         source,
         data.image_size_px,

@@ -69,7 +69,7 @@ def run_qformer_tokenizer(
     Found as `run_tokenizer` does. Has [DEC] where the vocabulary has room for it, as in stage 1,
     whose text side this is.
     """
-    if "qformer_tokenizer" not in config.data:
+    if "qformer_tokenizer" not in config.data or config.model.connector != "qformer":
         return None
     saved = Path(workdir) / QFORMER_TOKENIZER_FOLDER
     if saved.is_dir():

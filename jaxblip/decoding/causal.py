@@ -117,12 +117,17 @@ class CausalDecoder:
         x, *shared = self._apply(*inputs, method="layer_inputs")
         written = []
         for params, cache in zip(self._layers, caches, strict=True):
-            variables = {"params": {"layers": params}}
-            x, cache = one.apply(variables, x, *shared, cache, place, method=layer)
-            written.append(cache)
+            variables = {"params": {"layers": _stack_of_one(params)}}
+            inputs = *shared, _stack_of_one(cache), place
+            x, cache = one.apply(variables, x, *inputs, method=layer)
+            written.append(*_taken_apart(cache, 1))
         return self._apply(x, method=final_norm), tuple(written)
 
 
 def _taken_apart(stacked: Any, num_layers: int) -> tuple[Any, ...]:
-    """Each layer of a tree of stacks, as a stack of one."""
-    return tuple(jax.tree.map(lambda x: x[i : i + 1], stacked) for i in range(num_layers))
+    """Each layer of a tree of stacks."""
+    return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers))
+
+
+def _stack_of_one(layer: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], layer)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxblip import sharding
 from jaxblip.data import inputs
-from jaxblip.decoding.generation import decode, prefill
+from jaxblip.decoding.generation import compiler_options, decode, prefill
 from jaxblip.decoding.ranking import candidate_log_likelihoods, read_input
 from jaxblip.decoding.search import DecodingConfig
 from jaxblip.decoding.streaming import advance_stream, begin_stream, text_pieces
@@ -156,16 +156,35 @@ class ImageToText:
         Raises:
           UserError: what `decoding.generate` raises.
         """
+        batches = self.generate_batches(params, images, prompts, config, rows=rows, seed=seed)
+        return [text for texts in batches for text in texts]
+
+    def generate_batches(
+        self,
+        params: Any,
+        images: Images,
+        prompts: Sequence[Prompt],
+        config: DecodingConfig,
+        *,
+        rows: Sequence[int] | None = None,
+        seed: int = 0,
+        start: int = 0,
+    ) -> Iterator[list[str]]:
+        """As `generate`, the texts of each batch when they are made.
+
+        Args:
+          start: rows that are there already: whole batches, which are left out.
+        """
         length = self._prompt_length(prompts, config.max_new_tokens)
         room = dict(max_new_tokens=config.max_new_tokens, num_beams=config.num_beams)
-        texts = []
         for batch in self._batches(images, rows):
+            if batch.start < start:
+                continue
             arrays = self._row_arrays(params, batch, prompts, length)
             read = self._prefill(params, *arrays, **room)
             seeds = np.uint32([seed, batch.start])
             ids, _ = self._decode(params, *read, seeds, config=config)
-            texts += [self._text(row).strip() for row in np.asarray(ids)[: batch.count].tolist()]
-        return texts
+            yield [self._text(row).strip() for row in np.asarray(ids)[: batch.count].tolist()]
 
     def stream(
         self, params: Any, images: Images, prompt: Prompt, config: DecodingConfig, seed: int = 0
@@ -334,7 +353,7 @@ class ImageToText:
         config = self._language_model.config
         if config.is_encoder_decoder:
             return None
-        return config.max_positions - self.task.config.model.qformer.num_query_tokens
+        return config.max_positions - self.task.model.num_visual_tokens
 
     def _check_positions(self, prompt: int, candidate: int) -> None:
         room = self._positions()
@@ -385,17 +404,6 @@ class ImageToText:
         if self.encoder.stop_id in ids:
             ids = ids[: ids.index(self.encoder.stop_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler is told about inference.
-
-    XLA computes in float32 on a CPU. It would cast the bfloat16 weights of all layers before the
-    loops over tokens and layers, and keep both: three times the memory, and no less time.
-    """
-    if mesh.devices.flat[0].platform == "cpu":
-        return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    return None
 
 
 def batch_bucket(count: int, largest: int, mesh: Mesh) -> int:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxblip.data import inputs, run_sources
+from jaxblip.data.heldout import heldout_count
 from jaxblip.data.samples import counts_as_text
 from jaxblip.evaluation.batching import RowMap
 from jaxblip.evaluation.kept import Kept
@@ -57,6 +58,8 @@ class Evaluation(abc.ABC):
         """
         self.config, self.name, self.java = config, name, java
         self.kind, self.source = config.eval.kind, config.eval.source
+        if not self.source:
+            self.source = f"the last {heldout_count(config)} examples of {config.data.train}"
         self._check()
         self.set = run_sources.read_eval_set(config, images=parts is not None)
         self.predictions: list[str] = []

@@ -9,10 +9,10 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxblip.data.eval_sections import configs_of_evaluations
+from jaxblip.data.eval_sections import KINDS, configs_of_evaluations
 from jaxblip.errors import UserError
 from jaxblip.evaluation.base import Evaluation, Metrics, Parts
-from jaxblip.evaluation.losses import LossEvaluation
+from jaxblip.evaluation.losses import InBatchEvaluation, LossEvaluation
 from jaxblip.evaluation.matching import ClassificationEvaluation, RetrievalEvaluation
 from jaxblip.evaluation.texts import AnswerEvaluation, CaptionEvaluation
 from jaxblip.tasks import Task, make_task
@@ -27,6 +27,12 @@ _KINDS: dict[str, type[Evaluation]] = {
     "classification": ClassificationEvaluation,
     "loss": LossEvaluation,
 }
+
+
+def _kind(config: ConfigDict) -> type[Evaluation]:
+    """Losses of texts are of each; those of a contrast are of a batch."""
+    contrasts = config.eval.kind == "loss" and "retrieval" in KINDS[config.task]
+    return InBatchEvaluation if contrasts else _KINDS[config.eval.kind]
 
 
 class Evaluations:
@@ -48,7 +54,7 @@ class Evaluations:
         self.by_name = {}
         for name, config in configs_of_evaluations(task.config).items():
             parts = Parts(make_task(config), tokenizer, mesh, qformer_tokenizer)
-            self.by_name[name] = _KINDS[config.eval.kind](config, parts, name, java)
+            self.by_name[name] = _kind(config)(config, parts, name, java)
 
     def __bool__(self) -> bool:
         return bool(self.by_name)
@@ -107,7 +113,7 @@ def make_scorer(config: ConfigDict) -> Evaluation:
             "Predictions are scored against one source: name it by --config.eval.source."
         )
     config = configs[""]
-    kind = _KINDS[config.eval.kind]
+    kind = _kind(config)
     if not issubclass(kind, CaptionEvaluation):
         raise UserError(
             f"config.eval.kind={config.eval.kind!r} has no predictions to score: set it to "

@@ -1,4 +1,4 @@
-"""Loss and perplexity of texts on any source, by the tasks whose models say texts."""
+"""Losses on any source: of texts with their perplexity, and of batches where these are compared."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxblip.data import inputs
 from jaxblip.data.text import fill_prompt, join_prompt
 from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.kept import Kept
+from jaxblip.evaluation.retrieval import similarity
+from jaxblip.sharding import batch_shards
 from jaxblip.tasks import Task, make_task
-from jaxblip.training.state import Params
+from jaxblip.training.state import Params, merge_params
 
 
 class LossEvaluation(Evaluation):
@@ -78,6 +81,70 @@ class LossEvaluation(Evaluation):
             ids[mask] = np.concatenate(prompts)
             arrays += [ids, mask]
         return arrays
+
+
+class InBatchEvaluation(Evaluation):
+    """The losses of a contrastive task over held-out batches, as its training log has them.
+
+    The metrics of the task (`itc`, `itm`, `itm_accuracy`, ...) and `itc_accuracy`, the share of
+    images and texts that are most similar to each other among those of their batch. Batches are
+    those of training, or smaller where the set is; what is left over beyond whole batches does not
+    count, because chance depends on the size. Each image stands there once, with its first caption.
+    """
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        names = {
+            "clip": ("itc", "logit_scale"),
+            "blip_retrieval": ("itc", "itm", "itm_accuracy", "temperature"),
+            "stage1": ("itc", "itm", "itg", "itm_accuracy", "itg_accuracy", "temperature"),
+        }
+        return ("loss", "itc_accuracy", *names[self.config.task])
+
+    def _prepare(self, parts: Parts) -> None:
+        size = min(self.config.batch_size, len(self.set.images))
+        # A smaller batch may not divide over the devices; then each of them has all of it.
+        self._divides = size % batch_shards(self._mesh) == 0
+        ids, mask = self._encode([captions[0] for captions in self.set.captions])
+        fields = {
+            "image": self.set.images,
+            "text_ids": ids,
+            "text_mask": mask,
+            "image_id": np.arange(len(ids), dtype=np.int32),
+        }
+        self._batches = [
+            {name: array[first : first + size] for name, array in fields.items()}
+            for first in range(0, len(ids) - size + 1, size)
+        ]
+        task = _scored_task(self.task)
+        self._measured = jax.jit(
+            lambda params, frozen, batch: _in_batch(task, merge_params(params, frozen), batch),
+            out_shardings=NamedSharding(self._mesh, PartitionSpec()),
+        )
+
+    def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
+        def place(array):
+            if self._divides:
+                return self._map.place(array, np.arange(len(array)))
+            return self._map.whole_array(array)
+
+        found = []
+        for batch in self._batches:
+            measured = self._measured(params, frozen, jax.tree.map(place, batch))
+            found.append(jax.device_get(measured))
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def _in_batch(task: Task, params: Params, batch: dict[str, Any]) -> dict[str, Any]:
+    output = task.loss(params, batch, None)
+    images = batch["image"]
+    read = task.image_features(params, images) if hasattr(task, "image_features") else images
+    embeds = task.embed_images(params, read)
+    words = task.embed_texts(params, batch["text_ids"], batch["text_mask"])
+    scores = similarity(embeds[:, None] if embeds.ndim == 2 else embeds, words)
+    own = jnp.arange(len(scores))
+    hits = [(scores.argmax(axis=axis) == own).mean() for axis in (0, 1)]
+    return {"loss": output.loss, "itc_accuracy": sum(hits) / 2, **output.metrics}
 
 
 class _RowSums:

@@ -65,7 +65,8 @@ def write_results(
     for evaluation, metrics in found:
         if evaluation.predictions:
             names.append(_named(PREDICTIONS_FILE, evaluation))
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(evaluation))
+            rows = prediction_rows(evaluation)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             _replace(folder / names[-1], "".join(lines))
         if submission := evaluation.submission():
             names.append(_named(SUBMISSION_FILE, evaluation))
@@ -116,6 +117,17 @@ def read_predictions(file: str, evaluation: Evaluation) -> list[str]:
     return [found[which] for which in ids]
 
 
+def prediction_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What is known and what was said of each entry, a line of `predictions.jsonl` each."""
+    data, rows = evaluation.set, []
+    texts = data.instructions, evaluation.predictions, evaluation.references()
+    for number, (asked, predicted, references) in enumerate(zip(*texts, strict=True)):
+        row = {"image_id": int(data.image_ids[number]), **data.facts[number]}
+        row |= {"instruction": asked} if asked else {}
+        rows.append(row | {"caption": predicted, "references": references})
+    return rows
+
+
 def detail_lines(evaluation: Evaluation) -> list[str]:
     """Its further numbers, a line a row."""
     lines = []
@@ -126,16 +138,6 @@ def detail_lines(evaluation: Evaluation) -> list[str]:
             shown = "  ".join(f"{name} {number:.4f}".strip() for name, number in values.items())
             lines.append(f"  {row:>13} {shown}")
     return lines
-
-
-def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    data, rows = evaluation.set, []
-    texts = data.instructions, evaluation.predictions, evaluation.references()
-    for number, (asked, predicted, references) in enumerate(zip(*texts, strict=True)):
-        row = {"image_id": int(data.image_ids[number]), **data.facts[number]}
-        row |= {"instruction": asked} if asked else {}
-        rows.append(row | {"caption": predicted, "references": references})
-    return rows
 
 
 def _write_page(folder, name, evaluation, metrics, what, seconds) -> None:

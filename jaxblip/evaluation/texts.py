@@ -85,6 +85,11 @@ class AnswerEvaluation(CaptionEvaluation):
         self._answers = read_lines(answers, "config.eval.answers") if answers else []
         self._lemma = vqa.english_lemma() if self.kind == "okvqa" else None
 
+    def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
+        prompt = self.config.data.prompt
+        self.notes = [f"Questions are asked as {prompt!r}."] if prompt else []
+        return super().run(params, frozen, kept)
+
     def score(self, predictions: Sequence[str]) -> Metrics:
         scores = self._scores = list(map(self._score, predictions, self.set.texts))
         facts = self.set.facts

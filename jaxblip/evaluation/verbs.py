@@ -24,7 +24,7 @@ from jaxblip.evaluation.results import (
     read_predictions,
     write_results,
 )
-from jaxblip.training.checkpoints import saved_steps
+from jaxblip.training.checkpoints import CONFIG_FILE, saved_steps
 from jaxblip.training.restore import Run, at_step, load_run
 
 _POLL_S = 30  # between two looks for a new checkpoint
@@ -57,6 +57,8 @@ def follow(workdir: str, overrides: Sequence[str] = ()) -> dict[int, Metrics]:
     history = Path(workdir) / HISTORY_FILE
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     found = {line.pop("step"): line for line in map(json.loads, lines)}
+    while (Path(workdir) / CONFIG_FILE).is_file() and not saved_steps(workdir):
+        time.sleep(_POLL_S)  # it has just begun
     run = load_run(workdir, overrides)
     evaluations, last = _evaluations(run), run.task.config.steps
     while last not in found:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxblip.data import inputs, run_tokenizers
 from jaxblip.data.tokenizers import save_tokenizer
+from jaxblip.errors import UserError
 from jaxblip.interop.entries import Layout
 from jaxblip.interop.families import blip, blip2, clip, instructblip, llama, opt, t5
 from jaxblip.interop.processors import ImageProcessing
@@ -24,7 +25,7 @@ from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
 from jaxblip.models.t5 import T5Config
 from jaxblip.tasks import Task, make_task
-from jaxblip.tasks.parts import language_model_config
+from jaxblip.tasks.parts import has_qformer, language_model_config
 from jaxblip.training.checkpoints import (
     FOLDER,
     check_frozen,
@@ -163,6 +164,11 @@ def _without_factors(flat: Mapping[str, Any], config: lora.LoraConfig) -> dict[s
 def _target(task: Task, tokenizer: Any) -> Target:
     """The class for the model of a task, and its tokenizer's ids; adds the image's placeholder."""
     config, model = task.config, task.model
+    if not has_qformer(config):
+        raise UserError(
+            f"The run has model.connector={config.model.connector!r}, and no BLIP-2 of "
+            "transformers has a place for it: only runs with a Q-Former are exported."
+        )
     if config.task == "clip":
         ids = _ids(tokenizer, inputs.text_encoder(config, tokenizer))
         processor = {"processor_class": "CLIPProcessor"}

@@ -89,6 +89,7 @@ class PostNormBlock(nn.Module):
             c.width // c.num_heads,
             c.kernel_init,
             attention_dropout=c.attention_dropout,
+            kernel=c.attention,
             dtype=self.dtype,
             name=name,
         )

@@ -16,6 +16,7 @@ from jaxblip.models.attention import (
     stage1_mask,
 )
 from jaxblip.models.bert import PredictionHead
+from jaxblip.models.connectors import Connector
 from jaxblip.models.language_models import (
     LanguageModelConfig,
     answer_hidden,
@@ -140,6 +141,8 @@ class Blip2Stage1(nn.Module):
 class Blip2Stage2(nn.Module):
     """Image encoder, Q-Former, projection, and a language model that reads what comes out.
 
+    A `connector` (`models.connectors`) stands in place of the Q-Former, where there is one.
+
     The Q-Former has no text side, except in InstructBLIP (arXiv 2305.06500 §2.3): with
     `qformer_config.has_text` it may be given the instruction, so that the visual tokens are about
     what is asked. Initialise such a model with an instruction.
@@ -150,11 +153,20 @@ class Blip2Stage2(nn.Module):
     language_model_config: LanguageModelConfig
     vision_norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
+    connector: Connector | None = None
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many soft tokens stand for an image."""
+        if self.connector is None:
+            return self.qformer_config.num_query_tokens
+        return self.connector.num_tokens(self.vision_config.num_tokens)
 
     def setup(self):
         self.vision = VisionTransformer(self.vision_config, self.dtype)
         self.vision_norm = layer_norm(self.vision_norm_epsilon, self.dtype)
-        self.qformer = QFormer(self.qformer_config, self.dtype)
+        if self.connector is None:
+            self.qformer = QFormer(self.qformer_config, self.dtype)
         self.projection = Linear(self.language_model_config.width, dtype=self.dtype)
         self.language_model = make_language_model(self.language_model_config, self.dtype)
 
@@ -183,6 +195,8 @@ class Blip2Stage2(nn.Module):
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch queries lm_width"]:
         """The soft tokens about images whose features are there; arguments as `visual_tokens`."""
+        if self.connector is not None:
+            return self.projection(self.connector(features))
         image = self.qformer.read_image(features)
         num_queries = self.qformer_config.num_query_tokens
         mask = None

@@ -30,6 +30,7 @@ class ClipTextConfig:
 
     Attributes:
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     vocab_size: int = 49408
@@ -42,6 +43,7 @@ class ClipTextConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_heads(self)
@@ -95,6 +97,7 @@ class TextTower(nn.Module):
             c.activation,
             c.layer_norm_epsilon,
             init,
+            attention_kernel=c.attention,
             dtype=self.dtype,
             name="layers",
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.errors import UserError
-from jaxblip.models.attention import causal_mask
+from jaxblip.models.attention import causal_mask, sequence_mask
 from jaxblip.models.llama import LlamaConfig, LlamaLanguageModel
 from jaxblip.models.opt import OptConfig, OptLanguageModel, token_positions
 from jaxblip.models.t5 import T5Config, T5LanguageModel, shift_right
@@ -58,7 +58,7 @@ def continued_hidden(
       segment_ids: of packed rows: which of its texts a token belongs to. Each text lies in one
         piece, and is read as if it were alone.
     """
-    positions, mask = token_positions(valid, segment_ids), causal_mask(valid, segment_ids)
+    positions, mask = token_positions(valid, segment_ids), sequence_mask(valid, segment_ids)
     hidden, _ = language_model(embeddings, positions, mask)
     return hidden
 

@@ -140,6 +140,7 @@ class Attention(nn.Module):
     Attributes:
       key_bias: EVA-CLIP has none: a constant added to every key cancels in the softmax.
       attention_dropout: dropout of the attention weights.
+      kernel: which computes it, one of `kernels.KERNELS`.
     """
 
     num_heads: int
@@ -147,6 +148,7 @@ class Attention(nn.Module):
     kernel_init: Callable
     key_bias: bool = True
     attention_dropout: float = 0.0
+    kernel: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -183,6 +185,7 @@ class Attention(nn.Module):
             mask=mask,
             dropout_rate=dropout,
             dropout_rng=self.make_rng("dropout") if dropout else None,
+            kernel=self.kernel,
         )
         out = Linear(
             x.shape[-1], axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="out"
@@ -238,6 +241,7 @@ class PreNormBlock(nn.Module):
     kernel_init: Callable
     key_bias: bool = True
     dropout: float = 0.0
+    attention_kernel: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -256,6 +260,7 @@ class PreNormBlock(nn.Module):
             x.shape[-1] // self.num_heads,
             self.kernel_init,
             key_bias=self.key_bias,
+            kernel=self.attention_kernel,
             dtype=self.dtype,
             name="attention",
         )(normed, mask, cache=cache, cache_position=cache_position)
@@ -309,9 +314,9 @@ def check_activation(config: Any, known: Iterable[str] = ACTIVATIONS) -> None:
 UNROLLED_LAYERS = 4
 
 
-# What the backward pass computes again, by the names that the model configs have for it: nothing,
-# all but the input of each block, or all but matrix products (the second: those that have no batch
-# dimension, which are all but those of attention). More memory, less time.
+# What the backward pass computes again, by the names that the model configs have for it: nothing; a
+# whole block, from its input; all but the matrix products ("dots"); all but those that have no
+# batch dimension, so that attention is computed again as well. What is kept costs memory.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -348,5 +353,5 @@ def scan_layers(block: type[nn.Module], length: int, *, remat: str, in_axes=nn.b
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
-        unroll=1 if is_loop else length,
+        unroll=1 if is_loop else max(length, 2),  # with 1, a single block would be a loop
     )

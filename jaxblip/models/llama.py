@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxblip.errors import UserError
-from jaxblip.models.attention import Mask, dot_product_attention
+from jaxblip.models.attention import Mask, dense_mask, dot_product_attention
 from jaxblip.models.decoder import DecoderLanguageModel
 from jaxblip.models.layers import KeyValues, Linear, check_heads, check_remat, scan_layers
 
@@ -67,6 +67,7 @@ class LlamaConfig:
       rope_high_freq_factor: "llama3": a wave that fits more often into it is fast.
       rope_original_positions: "llama3": the length before the context was extended.
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     is_encoder_decoder: ClassVar[bool] = False
@@ -94,6 +95,7 @@ class LlamaConfig:
     rope_original_positions: int = 8192
     initializer_range: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_remat(self)
@@ -164,7 +166,7 @@ class LlamaLanguageModel(DecoderLanguageModel):
 
     def layer_inputs(self, embeddings, positions, mask):
         if self.config.sliding_window:
-            mask = last_visible(mask, self.config.sliding_window)
+            mask = last_visible(dense_mask(mask), self.config.sliding_window)
         return embeddings, mask, rotary_tables(self.config, positions)
 
     def head(self):
@@ -237,6 +239,7 @@ class LlamaAttention(nn.Module):
             key_values.key.astype(query.dtype),
             key_values.value.astype(query.dtype),
             mask=mask,
+            kernel=c.attention,
         )
         out = dense(x.shape[-1], axis=(-2, -1), use_bias=c.out_bias, name="out")(attended)
         return out, cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Key
+from jaxtyping import Array, Key
 
 from jaxblip.errors import UserError
 from jaxblip.models.dropout import drop
@@ -160,7 +161,9 @@ def _adapted_class(kind: type[nn.Module], config: LoraConfig) -> type[nn.Module]
 def _add_product(config: LoraConfig, method: Any, args: tuple, kwargs: dict, context: Any) -> Any:
     y, module = method(*args, **kwargs), context.module
     is_linear = isinstance(module, (nn.Dense, nn.DenseGeneral))
-    if not (is_linear and context.method_name == "__call__" and module.has_variable("params", A)):
+    # A method that calls that of its base class is intercepted twice: the outer one counts.
+    is_outer = context.orig_method.func is inspect.unwrap(type(module).__call__)
+    if not (is_linear and is_outer and module.has_variable("params", A)):
         return y
     a, b = (module.get_variable("params", name).astype(y.dtype) for name in (A, B))
     (x,) = args

@@ -45,6 +45,7 @@ class MedConfig:
     Attributes:
       vocab_size: rows of the word embedding, `[DEC]` (30522) and `[ENC]` (30523) included.
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     vocab_size: int = 30524
@@ -58,6 +59,7 @@ class MedConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_heads(self)

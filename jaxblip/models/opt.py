@@ -31,6 +31,7 @@ class OptConfig:
 
     Attributes:
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     is_encoder_decoder: ClassVar[bool] = False
@@ -45,6 +46,7 @@ class OptConfig:
     dropout: float = 0.0
     initializer_range: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_heads(self)
@@ -79,6 +81,7 @@ class OptLanguageModel(DecoderLanguageModel):
             c.layer_norm_epsilon,
             init,
             dropout=c.dropout,
+            attention_kernel=c.attention,
             dtype=self.dtype,
         )
         self.final_norm = layer_norm(c.layer_norm_epsilon, self.dtype)

@@ -41,6 +41,7 @@ class QFormerConfig:
       has_text: keep the text side (stage 1, InstructBLIP); stage 2 drops it.
       vocab_size: rows of the word embedding, `[DEC]` included.
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     num_query_tokens: int = 32
@@ -57,6 +58,7 @@ class QFormerConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_heads(self)

@@ -23,13 +23,12 @@ from functools import partial
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.errors import UserError
-from jaxblip.models.attention import Mask, padding_mask
+from jaxblip.models.attention import Mask, dot_product_attention, padding_mask
 from jaxblip.models.dropout import Dropout
 from jaxblip.models.layers import (
     ACTIVATIONS,
@@ -62,6 +61,7 @@ class T5Config:
       dropout: of embeddings, residual branches, hidden units of the feed-forward networks and
         outputs of the stacks. Attention weights have none.
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     is_encoder_decoder: ClassVar[bool] = True
@@ -82,6 +82,7 @@ class T5Config:
     start_token_id: int = 0
     dropout: float = 0.0
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_activation(self, T5_ACTIVATIONS)
@@ -315,13 +316,14 @@ class T5Attention(nn.Module):
                 key_values = cache = cache.write(key_values, cache_position)
         # Rows that share keys and values become further queries of one row: nothing is copied.
         grouped = query.reshape(key_values.key.shape[0], -1, c.num_heads, c.head_width)
-        attended = jax.nn.dot_product_attention(
+        attended = dot_product_attention(
             grouped,
             key_values.key.astype(self.dtype),
             key_values.value.astype(self.dtype),
-            bias=bias,
             mask=mask,
+            bias=bias,
             scale=1.0,
+            kernel=c.attention,
         )
         out = nn.DenseGeneral(
             c.width,

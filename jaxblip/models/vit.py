@@ -59,6 +59,7 @@ class VitConfig:
         sines of both coordinates, a start that tells places apart (as in big_vision, but trained).
       remat: what the backward pass computes again, a name of `layers.REMAT_POLICIES`; without
         effect on a frozen encoder.
+      attention: the kernel that computes attention, one of `kernels.KERNELS`.
     """
 
     image_size_px: int = 224
@@ -77,6 +78,7 @@ class VitConfig:
     initializer_range: float = 0.02
     position_init: str = "normal"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_heads(self)
@@ -138,6 +140,7 @@ class VisionTransformer(nn.Module):
             c.layer_norm_epsilon,
             init,
             key_bias=c.key_bias,
+            attention_kernel=c.attention,
             dtype=self.dtype,
             name="layers",
         )
@@ -172,9 +175,10 @@ class AttentionPooling(nn.Module):
         )(tokens)
         query = self.param("query_tokens", init, (1, c.width)).astype(tokens.dtype)
         query = jnp.broadcast_to(query, (tokens.shape[0], 1, c.width))
-        x, _ = Attention(c.num_heads, head_width, init, dtype=self.dtype, name="attention")(
-            query, key_values=key_values
+        attention = Attention(
+            c.num_heads, head_width, init, kernel=c.attention, dtype=self.dtype, name="attention"
         )
+        x, _ = attention(query, key_values=key_values)
         normed = layer_norm(c.layer_norm_epsilon, self.dtype, "mlp_norm")(x)
         mlp = FeedForward(c.mlp_width, c.activation, init, self.dtype, name="mlp")
         return (x + mlp(normed))[:, 0]

@@ -173,17 +173,6 @@ class AbstractStep:
             batch=of_batch // sharding.batch_shards(mesh),
         )
 
-    def operations(self) -> int:
-        """Of the model in a step, forwards and backwards, without what is computed again."""
-
-        def loss(trainable, frozen, batch, rng):
-            return self.task.loss(merge_params(trainable, frozen), batch, rng).loss
-
-        rng = jax.eval_shape(lambda: jax.random.key(0))
-        return count_operations(
-            jax.grad(loss), self.state.params, self.frozen, self.batch, rng
-        )
-
 
 def _bytes(tree: Any, mesh: Any) -> int:
     """Bytes on one chip of a tree of parameters or moments."""
@@ -194,6 +183,17 @@ def _bytes(tree: Any, mesh: Any) -> int:
         parts = math.prod(mesh.shape[axis] for axis in spec if axis)
         total += math.prod(leaf.shape) * leaf.dtype.itemsize // parts
     return total
+
+
+def operations(config: ConfigDict) -> int:
+    """Of the model in a step, forwards and backwards, without what is computed again."""
+    step = AbstractStep.of(with_remat(config, "none"))
+
+    def loss(trainable, frozen, batch, rng):
+        return step.task.loss(merge_params(trainable, frozen), batch, rng).loss
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return count_operations(jax.grad(loss), step.state.params, step.frozen, step.batch, rng)
 
 
 def compile_step(
@@ -220,30 +220,32 @@ def compile_step(
         sharding.tree_shardings(parts.frozen, mesh),
         sharding.batch_sharding(mesh),
     )
-    memory = parts.memory(mesh.shape)
+    memory = dataclasses.replace(
+        parts.memory(mesh.shape), capacity=topologies.capacity(topology)
+    )
     found = Compilation(
         topology.name,
         mesh.size,
         dict(mesh.shape),
         config.batch_size,
         remat_of(config),
-        dataclasses.replace(memory, capacity=topologies.capacity(topology)),
-        parts.operations(),
+        memory,
+        operations(config),
     )
     begin = time.perf_counter()
     traced = step.trace(parts.state, parts.frozen, parts.batch)
     lowered = traced.lower(lowering_platforms=(topology.platform,))
-    lowered_at = time.perf_counter()
+    found = dataclasses.replace(found, trace_s=time.perf_counter() - begin)
+    begin = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = _too_large(found, str(error))
-    else:
-        found = _measured(found, topology, mesh, compiled)
-    end = time.perf_counter()
-    return dataclasses.replace(found, trace_s=lowered_at - begin, compile_s=end - lowered_at)
+        return dataclasses.replace(found, compile_s=time.perf_counter() - begin)
+    found = dataclasses.replace(found, compile_s=time.perf_counter() - begin)
+    return _measured(found, topology, mesh, compiled)
 
 
 def _measured(found: Compilation, topology: Topology, mesh: Mesh, compiled: Any) -> Compilation:
@@ -288,7 +290,7 @@ def remat_sections(config: ConfigDict) -> list[str]:
     """The parts of the model through which gradients flow, which can be told to compute again."""
     return [
         name
-        for name, section in config.model.items()
+        for name, section in sorted(config.model.items())
         # A frozen image encoder comes before all that trains: it has no backward pass.
         if "remat" in getattr(section, "keys", tuple)()
         and not (name == "vision" and not trains(config, "vision"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
 from jaxblip.planning import hlo
-from jaxblip.planning.hlo import Instruction, Program
+from jaxblip.planning.hlo import Instruction, Program, Shape
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -165,59 +166,66 @@ def _memory_bytes(program: Program, name: str, each: Instruction, is_tpu: bool) 
 
 def _fusion_bytes(program: Program, name: str, each: Instruction, called: str, size) -> int:
     """Operands of which only slices are read count with these, and so does what is written."""
-    body = program.computations[called]
-    parameters = {int(i.attributes): i for i in body.values() if i.opcode == "parameter"}
-    users: dict[str, list[Instruction]] = {}
-    for instruction in body.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
-    total, updated = 0, set()
+    total = 0
     for place, operand in enumerate(each.operands):
-        sliced = _sliced(body, users, parameters[place].name) if place in parameters else None
         whole = size(program.shapes(name, operand))
-        if sliced is None or not whole:
-            total += whole
-            continue
-        read, writes = sliced
-        total += min(whole, read)
-        updated |= writes
-    for root in _roots(body):
-        if root.opcode == "dynamic-update-slice":
-            total += size(program.shapes(called, root.operands[1]))
-        else:
-            total += size(root.shapes)
-    return total
+        read = _read(program, called, place) if whole else None
+        total += whole if read is None else min(whole, read)
+    return total + sum(size(shapes) for shapes in _written(program, called))
 
 
-def _sliced(body, users, name: str) -> tuple[int, set[str]] | None:
-    """(bytes that are read, updates in place), or None where all of a parameter is read."""
-    read, writes = 0, set()
-    for user in users.get(name, ()):
+# What only changes how an array is seen, inside a fusion.
+_SAME = ("bitcast", "reshape", "copy", "convert", "transpose")
+
+
+def _read(program: Program, name: str, place: int) -> int | None:
+    """Bytes that a fused computation reads of a parameter; None where that is all of it."""
+    body = program.computations[name]
+    parameters = (i for i in body.values() if i.opcode == "parameter")
+    parameter = next((i for i in parameters if int(i.attributes) == place), None)
+    return 0 if parameter is None else _read_of(program, name, parameter.name)
+
+
+def _read_of(program: Program, computation: str, name: str) -> int | None:
+    read = 0
+    for user in program.users[computation].get(name, ()):
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-            read += sum(s.bytes for s in user.shapes)
+            more = sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            writes.add(user.name)
-        elif user.opcode in ("bitcast", "reshape"):
-            inner = _sliced(body, users, user.name)
-            if inner is None:
-                return None
-            read, writes = read + inner[0], writes | inner[1]
+            more = 0  # in place
+        elif user.opcode in _SAME:
+            more = _read_of(program, computation, user.name)
+        elif user.opcode == "fusion":
+            inside = [
+                _read(program, called, place)
+                for called in user.called("calls")
+                for place, operand in enumerate(user.operands)
+                if operand == name
+            ]
+            more = None if None in inside else sum(inside)
         else:
+            more = None
+        if more is None:
             return None
-    return read, writes
+        read += more
+    return read
 
 
-def _roots(body: dict[str, Instruction]) -> list[Instruction]:
-    """What a fusion gives: the parts of a tuple, seen through changes of shape."""
+def _written(program: Program, name: str) -> Iterator[tuple[Shape, ...]]:
+    """What a fused computation writes: of an array that it updates in place the update."""
+    body = program.computations[name]
     (root,) = (each for each in body.values() if each.is_root)
-    parts = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
-
-    def origin(each: Instruction) -> Instruction:
-        while each.opcode in ("bitcast", "reshape", "copy") and each.operands[0] in body:
-            each = body[each.operands[0]]
-        return each
-
-    return [o if (o := origin(p)).opcode == "dynamic-update-slice" else p for p in parts]
+    for part in [body[name] for name in root.operands] if root.opcode == "tuple" else [root]:
+        origin = part
+        while origin.opcode in _SAME and origin.operands[0] in body:
+            origin = body[origin.operands[0]]
+        if origin.opcode == "dynamic-update-slice":
+            yield program.shapes(name, origin.operands[1])
+        elif origin.opcode == "fusion":
+            for called in origin.called("calls"):
+                yield from _written(program, called)
+        else:
+            yield part.shapes
 
 
 # Collectives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -59,6 +60,17 @@ class Program:
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+
+    @functools.cached_property
+    def users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """Computation -> name -> the instructions of the computation that it is an operand of."""
+        found = {}
+        for computation, instructions in self.computations.items():
+            found[computation] = collections.defaultdict(list)
+            for each in instructions.values():
+                for operand in dict.fromkeys(each.operands):
+                    found[computation][operand].append(each)
+        return found
 
     def shapes(self, computation: str, name: str) -> tuple[Shape, ...]:
         found = self.computations[computation].get(name)

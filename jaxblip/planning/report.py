@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxblip.planning.compilation import Compilation, Memory
-from jaxblip.planning.hardware import GIB
+from jaxblip.planning.hardware import CHIPS, GIB
 from jaxblip.planning.plan import Plan, images_per_second, schedule
 from jaxblip.planning.topologies import sizes_shown
 
 MODELLED = "[modelled]"
+GPUS = [name for name, chip in CHIPS.items() if chip.kind == "gpu"]
+WITHOUT_CUDNN = (
+    "compiled with XLA's attention, since cuDNN's compiles on a GPU only: with that a run needs "
+    "less memory and traffic"
+)
 MEMORY_FIELDS = {
     "trainable": "parameters that train",
     "optimizer": "optimizer",
@@ -25,6 +30,8 @@ MEMORY_FIELDS = {
 def lines(plan: Plan) -> Iterator[str]:
     """A plan for people; what was not compiled says so."""
     yield f"{plan.topology} ({plan.num_chips} chips)"
+    if plan.topology.partition(":")[0] in GPUS:
+        yield f"  {WITHOUT_CUDNN}"
     if plan.note:
         yield f"  not possible as configured: {plan.note}"
     if plan.asked is not None:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxblip.data.choices import INTERPOLATIONS, RESIZES
 from jaxblip.errors import UserError
+from jaxblip.models.kernels import KERNELS
 from jaxblip.models.lora import adapted, with_factors
 from jaxblip.tasks.parts import lora_config, trains
 
@@ -74,6 +75,10 @@ class Task(abc.ABC):
                 raise UserError(
                     f"{field}={self.config[field]!r} is none of {', '.join(DTYPES)}: choose one."
                 )
+        if self.config.attention not in KERNELS:
+            raise UserError(
+                f"attention={self.config.attention!r} is none of {', '.join(KERNELS)}: choose one."
+            )
         data = self.config.data
         if data.get("features") and trains(self.config, "vision"):
             raise UserError(

@@ -19,7 +19,7 @@ class ClipTask(Task):
         config = self.config
         return Clip(
             vision_config(config),
-            ClipTextConfig(**config.model.text),
+            ClipTextConfig(attention=config.attention, **config.model.text),
             embed_dim=config.model.embed_dim,
             dtype=self.dtype,
         )

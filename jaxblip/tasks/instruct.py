@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxblip.errors import UserError
+from jaxblip.tasks.parts import has_qformer
 from jaxblip.tasks.stage2 import Stage2Task
 
 
@@ -19,6 +20,8 @@ class InstructTask(Stage2Task):
 
     @property
     def fields(self) -> tuple[str, ...]:
+        if not has_qformer(self.config):  # the instruction is read by the language model alone
+            return super().fields
         return (*super().fields, "instruction_ids", "instruction_mask")
 
     def _check(self) -> None:

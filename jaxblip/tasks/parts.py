@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
+from jaxblip.models.connectors import (
+    CONNECTORS,
+    QFORMER,
+    Connector,
+    EveryToken,
+    MlpConnector,
+    PerceiverConfig,
+    PerceiverResampler,
+)
 from jaxblip.models.language_models import LanguageModelConfig, config_class
 from jaxblip.models.lora import LoraConfig
 from jaxblip.models.med import MedConfig
@@ -16,17 +26,19 @@ from jaxblip.models.vit import VitConfig
 
 def vision_config(config: ConfigDict) -> VitConfig:
     """The image encoder at the resolution of the data."""
-    return VitConfig(image_size_px=config.data.image_size_px, **config.model.vision)
+    size = config.data.image_size_px
+    return VitConfig(image_size_px=size, attention=config.attention, **config.model.vision)
 
 
 def qformer_config(config: ConfigDict, *, has_text: bool) -> QFormerConfig:
     """The Q-Former; stage 1 has its text side, stage 2 has not."""
-    return QFormerConfig(has_text=has_text, **config.model.qformer)
+    attention = config.attention
+    return QFormerConfig(has_text=has_text, attention=attention, **config.model.qformer)
 
 
 def med_config(config: ConfigDict) -> MedConfig:
     """BLIP's text stack, be it encoder or decoder."""
-    return MedConfig(**config.model.text)
+    return MedConfig(attention=config.attention, **config.model.text)
 
 
 def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> LanguageModelConfig:
@@ -41,7 +53,8 @@ def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> Lan
     fields = dict(config.model.language_model)
     architecture = fields.pop("architecture")
     kind = config_class(architecture)
-    if fields.keys() != {field.name for field in dataclasses.fields(kind)}:
+    expected = {field.name for field in dataclasses.fields(kind)}.difference(NOT_IN_CONFIG)
+    if fields.keys() != expected:
         raise UserError(
             f"config.model.language_model.architecture={architecture!r} does not fit the other "
             "fields of its section, which are those of another architecture: in the config file, "
@@ -49,7 +62,44 @@ def language_model_config(config: ConfigDict, *, is_frozen: bool = False) -> Lan
         )
     if is_frozen and "dropout" in fields:
         fields["dropout"] = 0.0
-    return kind(**fields)
+    return kind(attention=config.attention, **fields)
+
+
+def has_qformer(config: ConfigDict) -> bool:
+    """Whether a Q-Former makes the visual tokens, and not another connector."""
+    return config.model.get("connector", QFORMER) == QFORMER
+
+
+def make_connector(config: ConfigDict, dtype: jnp.dtype) -> Connector | None:
+    """What stands in place of the Q-Former; None where that is there.
+
+    Raises:
+      UserError: there is none of that name, it does not fit the encoder, or a Q-Former is named
+        that there is not.
+    """
+    name, width = config.model.connector, config.model.vision.width
+    if name not in CONNECTORS:
+        raise UserError(
+            f"model.connector={name!r} is none of {', '.join(CONNECTORS)}: choose one."
+        )
+    if name == QFORMER:
+        return None
+    if config.init.qformer:
+        raise UserError(
+            f"config.init.qformer={config.init.qformer!r} names a Q-Former, and "
+            f"model.connector={name!r} stands in its place: leave one of them out."
+        )
+    if name == "linear":
+        return EveryToken()
+    if name == "mlp":
+        return MlpConnector(config.model.language_model.width, dtype)
+    perceiver = PerceiverConfig(**config.model.perceiver)
+    if width % perceiver.num_heads:
+        raise UserError(
+            f"config.model.perceiver.num_heads={perceiver.num_heads} does not divide the "
+            f"width={width} of the image encoder, which the perceiver has, too: set one to fit."
+        )
+    return PerceiverResampler(perceiver, dtype)
 
 
 def lora_config(config: ConfigDict) -> LoraConfig:
@@ -93,5 +143,5 @@ def model_fields(config_class: type, **values) -> ConfigDict:
     return ConfigDict({k: v for k, v in fields.items() if k not in NOT_IN_CONFIG})
 
 
-# The data section and the task decide these.
-NOT_IN_CONFIG = ("image_size_px", "has_text")
+# The data section, the task and `config.attention` decide these.
+NOT_IN_CONFIG = ("image_size_px", "has_text", "attention")

@@ -7,10 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxblip.errors import UserError
 from jaxblip.losses.language_modeling import chunked_token_cross_entropy
 from jaxblip.models.blip2 import Blip2Stage1
 from jaxblip.tasks.base import LossOutput
-from jaxblip.tasks.parts import qformer_config, vision_config
+from jaxblip.tasks.parts import has_qformer, qformer_config, vision_config
 from jaxblip.tasks.retrieval import RetrievalTask
 
 
@@ -22,6 +23,15 @@ class Stage1Task(RetrievalTask):
     @property
     def fields(self) -> tuple[str, ...]:
         return (self.image_field, *super().fields[1:])
+
+    def _check(self) -> None:
+        super()._check()
+        if not has_qformer(self.config):
+            raise UserError(
+                f"model.connector={self.config.model.connector!r} reads no text, and stage 1 "
+                "compares and matches texts with what its Q-Former makes of an image: train the "
+                "connector in stage 2, or set --config.model.connector=qformer."
+            )
 
     def build_model(self) -> Blip2Stage1:
         config = self.config

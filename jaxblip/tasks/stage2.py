@@ -14,7 +14,12 @@ from jaxblip.models.blip2 import Blip2Stage2
 from jaxblip.models.language_models import make_language_model
 from jaxblip.models.lora import adapted
 from jaxblip.tasks.base import LossOutput, Task
-from jaxblip.tasks.parts import language_model_config, qformer_config, vision_config
+from jaxblip.tasks.parts import (
+    language_model_config,
+    make_connector,
+    qformer_config,
+    vision_config,
+)
 
 
 class Stage2Task(Task):
@@ -35,28 +40,30 @@ class Stage2Task(Task):
             return (self.image_field, "text_ids", "text_mask", "input_ids", "input_mask")
         return (self.image_field, "text_ids", "text_mask", "prompt_length")
 
-    def _check(self) -> None:
-        super()._check()
-        model = self.config.model
-        queries, text = model.qformer.num_query_tokens, self.config.data.max_text_tokens
-        limit = model.language_model.get("max_positions", queries + text)
-        if queries + text > limit:
-            raise UserError(
-                f"config.model.qformer.num_query_tokens={queries} and data.max_text_tokens={text} "
-                f"together are more than config.model.language_model.max_positions={limit}: lower "
-                "one of the first two."
-            )
-
     def build_model(self) -> Blip2Stage2:
         config = self.config
         # A frozen language model runs without dropout; LAVIS leaves it on for OPT by accident.
-        return Blip2Stage2(
+        model = Blip2Stage2(
             vision_config(config),
             qformer_config(config, has_text=self.qformer_has_text),
             language_model_config(config, is_frozen=True),
             vision_norm_epsilon=config.model.vision_norm_epsilon,
             dtype=self.dtype,
+            connector=make_connector(config, self.dtype),
         )
+        visual, text = model.num_visual_tokens, config.data.max_text_tokens
+        limit = config.model.language_model.get("max_positions", visual + text)
+        if visual + text > limit:
+            name = config.model.connector
+            fields = {"qformer": "qformer.num_query_tokens", "perceiver": "perceiver.num_latents"}
+            what = f"config.model.{fields[name]}={visual}" if name in fields else (
+                f"The {visual} tokens of the image encoder, which model.connector={name!r} keeps,"
+            )  # fmt: skip
+            raise UserError(
+                f"{what} and data.max_text_tokens={text} together are more than "
+                f"config.model.language_model.max_positions={limit}: lower one of the first two."
+            )
+        return model
 
     def loss(self, params, batch, rng) -> LossOutput:
         text_ids, counts = batch["text_ids"], batch["text_mask"]

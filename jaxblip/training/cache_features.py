@@ -142,9 +142,10 @@ def _check(config: ConfigDict, to: str, views: int) -> None:
             "The image encoder trains, so that its output changes with each step: add vision to "
             "config.frozen, and let neither config.trainable nor config.lora.parts name it."
         )
-    if views < 1 or storage.is_url(to):
-        wrong = f"--views={views} is no number of views" if views < 1 else f"--to={to} is a URL"
-        raise UserError(f"{wrong}: give {'1 or more' if views < 1 else 'a local folder'}.")
+    if views < 1:
+        raise UserError(f"--views={views} is no number of views: give 1 or more.")
+    if storage.is_url(to):
+        raise UserError(f"--to={to} is a URL: name a folder, local or mounted.")
     for name, each in configs_of_sources(config).items():
         of_name, random = f" of {name}" if name else "", features.is_random(each.data)
         if random and views == 1:
@@ -163,7 +164,6 @@ def _check(config: ConfigDict, to: str, views: int) -> None:
 
 def _encoder(task: Task, params: Params, mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
     """uint8 images to bfloat16 [batch, tokens, width], split over the devices."""
-
     model = VisionTransformer(task.model.vision_config, task.dtype)
 
     def encode(params: Params, images: jax.Array) -> jax.Array:

@@ -164,5 +164,10 @@ def _description(
     if config.data.get("features"):
         yield f"Steps do without the image encoder: its output is in {config.data.features}."
     yield from evaluations.describe()
+    if not evaluations:
+        yield (
+            "No evaluation: --config.eval.source=FILE names a source for it, "
+            "--config.eval.heldout_examples=500 keeps the last 500 examples of data.train for it."
+        )
     beginning = "Resuming at" if step else "Starting from"
     yield f"{beginning} step {step} of {config.steps} in {setup.workdir}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,15 @@ from jaxblip.data.pipeline import TrainBatches
 from jaxblip.data.samples import counts_as_text
 from jaxblip.errors import RunStopped
 from jaxblip.machine import available_cores
+from jaxblip.training.chance import at_chance
 from jaxblip.training.metrics import MetricsWriter, read_metrics
 from jaxblip.training.progress import Progress, Throughput
 
 # Share of its time that a step waits for data, above which the log says why.
 _MUCH_WAITING = 0.1
+# Steps that wait in the device's queue, so that it always has the next one. With more of them their
+# batches fill its memory, and a run that must stop now has to compute them all before it can save.
+_STEPS_AHEAD = 2
 _UNGROUPED = ("learning_rate", "grad_norm", "skipped_total", "skipped_in_a_row")
 
 
@@ -32,7 +37,10 @@ class Monitor(contextlib.ExitStack):
         self._progress = self.enter_context(Progress(config.steps, start_step=step))
         self._throughput = Throughput()
         self._said_slow = False
-        self._newest: Mapping[str, jax.Array] | None = None  # metrics of the last step counted
+        # A run that goes on behind that step has said it.
+        self._said_chance = step >= config.get("warn_at_chance_steps", 0)
+        # The metrics of the steps that were handed to the device last.
+        self._newest: collections.deque[Mapping[str, jax.Array]] = collections.deque()
 
     def message(self, text: str) -> None:
         """Prints a line."""
@@ -43,19 +51,20 @@ class Monitor(contextlib.ExitStack):
         return self._throughput.waiting(self._device_is_idle)
 
     def _device_is_idle(self) -> bool:
-        """Asked without waiting: Python is many steps ahead of a device that has all its data."""
-        return self._newest is None or all(
-            metric.is_ready() for metric in jax.tree.leaves(self._newest)
-        )
+        """Asked without waiting."""
+        newest = self._newest[-1] if self._newest else {}
+        return all(metric.is_ready() for metric in newest.values())
 
     def after_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Counts a step that was handed to the device; does not wait for it, but for the first."""
-        if self._newest is None:
+        """Counts a step that was handed to the device, which need not have begun with it."""
+        if not self._newest:
             jax.block_until_ready(metrics)
             self._throughput.reset()  # the compilation is no part of the speed
         else:
             self._throughput.step(self._config.batch_size)
-        self._newest = metrics
+        self._newest.append(metrics)
+        if len(self._newest) > _STEPS_AHEAD:
+            jax.block_until_ready(self._newest.popleft())
         self._progress.advance(step)
 
     def log(self, step: int, metrics: Mapping[str, jax.Array], batches: TrainBatches) -> None:
@@ -69,6 +78,7 @@ class Monitor(contextlib.ExitStack):
         self._writer.write(step, {**_grouped(values), **rates, **_data_counts(batches)})
         self._progress.log(step, {**values, **rates})
         self._check_finite(step, int(values["skipped_in_a_row"]))
+        self._warn_at_chance(step, values)
         if not self._said_slow and rates.get("data_wait_share", 0.0) > _MUCH_WAITING:
             self._said_slow = True
             self.message(bottleneck(batches, rates, self._config.data.num_workers))
@@ -80,6 +90,14 @@ class Monitor(contextlib.ExitStack):
                 f"of them step {step}; none of these updates was applied. Lower "
                 "optimizer.peak_lr, set optimizer.clip_norm, or set compute_dtype to float32."
             )
+
+    def _warn_at_chance(self, step: int, values: Mapping[str, float]) -> None:
+        """Says once which losses sit at chance level, after `config.warn_at_chance_steps`."""
+        after = self._config.get("warn_at_chance_steps", 0)
+        if after and step >= after and not self._said_chance:
+            self._said_chance = True
+            for line in at_chance(self._config, step, values):
+                self.message(line)
 
     def log_evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Shows and writes the results of an evaluation, whose time is no part of the speed."""

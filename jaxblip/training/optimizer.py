@@ -167,7 +167,7 @@ def layer_factors(params: Any, decay: Mapping[str, float]) -> Any:
 
 
 def _scale_by_layer(decay: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies updates by `layer_factors`; behind weight decay, which goes by the rate as well."""
+    """Multiplies updates by `layer_factors`: behind weight decay, which goes by the rate, too."""
 
     def init(params: Any) -> optax.EmptyState:
         layer_factors(params, decay)  # says early what cannot be

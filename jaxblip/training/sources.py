@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from jaxblip.errors import UserError
 from jaxblip.interop.files import GGUF_SUFFIX, TORCH_SUFFIXES
 from jaxblip.interop.published import open_published
+from jaxblip.models.connectors import QFORMER
 from jaxblip.models.lora import is_factor
 from jaxblip.models.positions import interpolate_positions
 from jaxblip.tasks import BLIP_TASKS, STAGE2_TASKS
@@ -43,6 +44,7 @@ PARTS = {
 }
 # Further parts that the tasks of BLIP give each other.
 BLIP_PARTS = ("vision_norm", "text", "decoder")
+OF_CONNECTOR = ("connector", "projection")
 TEXT_SIDE = "text_embeddings"  # of the Q-Former, without which it has no other part of it
 # Beside the config of what `jaxblip convert` wrote: where it is from.
 CONVERTED_FILE = "published.json"
@@ -122,7 +124,7 @@ def shared_parts(task: str, other: str) -> frozenset[str]:
     if task in BLIP_TASKS and other in BLIP_TASKS:
         shared.update(BLIP_PARTS)
     if task in STAGE2_TASKS and other in STAGE2_TASKS:
-        shared.add("projection")
+        shared.update(OF_CONNECTOR)
     return frozenset(shared)
 
 
@@ -173,7 +175,8 @@ def _from_published(config: ConfigDict, origin: Origin, tree: Params, stored: St
 def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) -> None:
     trained = saved_params(f"{origin.source}/{FOLDER}/{origin.step}")
     saved = json.loads((Path(origin.source) / CONFIG_FILE).read_text(encoding="utf-8"))
-    tree = _given(config, tree, saved["task"], "qformer" in saved["model"])
+    connector = saved["model"].get("connector", QFORMER)
+    tree = _given(config, tree, saved["task"], "qformer" in saved["model"], connector)
     for part, shapes in tree.items():
         if part not in trained:
             if not _is_named(config, part):
@@ -219,8 +222,15 @@ def _fitted_encoder(values: Params, shapes: Params, source: str) -> Params:
     return values | {"layers": first, "position_embedding": table}
 
 
-def _given(config: ConfigDict, tree: Params, task: str, has_qformer: bool) -> Params:
-    """The parts that a source is to give; as `ALL` it gives another task what tasks share."""
+def _given(
+    config: ConfigDict, tree: Params, task: str, has_qformer: bool, connector: str = QFORMER
+) -> Params:
+    """The parts that a source is to give; as `ALL` it gives another task what tasks share.
+
+    A projection is for the visual tokens of one connector.
+    """
+    if config.model.get("connector", QFORMER) != connector:
+        tree = {part: shapes for part, shapes in tree.items() if part not in OF_CONNECTOR}
     shared = {*shared_parts(config.task, task), *(("vision_norm",) if has_qformer else ())}
     return {
         part: shapes

@@ -128,7 +128,8 @@ def jit_step(
 
     @functools.wraps(step)
     def on_mesh(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        with rows_stay_split(mesh):
+        # The abstract mesh tells kernels that the compiler cannot split how to split themselves.
+        with rows_stay_split(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(state, frozen, batch)
 
     return jax.jit(

@@ -21,7 +21,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-@pytest.mark.parametrize("script", ["step_time"])
+@pytest.mark.parametrize("script", ["step_time", "generation"])
 def test_a_benchmark_needs_no_library_for_data(script):
     program = f"""
 import sys

@@ -60,3 +60,46 @@ def test_memory_over_examples(benchmark, folder, monkeypatch):
     (first, some), (last, more) = figures["memory_mib_over_examples"]
     assert (first, last) == (500, 1000) and 50 < some < 5000 and more < some + 100
     json.dumps(figures)
+
+
+def test_ratios_are_those_of_neighbours_and_other_load_is_said(benchmark, monkeypatch, capsys):
+    """A machine that is half as fast in one round changes no ratio."""
+    order, begun = [], []
+
+    class Pipeline:
+        def __init__(self, name, folder, workers):
+            self.name = name
+            begun.append(name)
+
+        def turn(self, seconds):
+            slow = 2 if len(order) // len(begun) == 1 else 1
+            order.append(self.name)
+            speed = {"jaxblip": 900, "jaxblip_threads": 1000, "bare": 1200}.get(self.name, 300)
+            return {
+                "images_per_second": speed / slow,
+                "cpu_ms_per_image": 2000 * slow / speed,
+                "memory_mib": 100 * slow,
+                "others": 0.5,
+            }
+
+        def close(self):
+            begun.remove(self.name)
+
+    monkeypatch.setattr(benchmark, "Pipeline", Pipeline)
+    monkeypatch.setattr(benchmark, "PEERS", dict.fromkeys(benchmark.PEERS, ""))
+    figures = benchmark.take_turns(Path(), workers=2, rounds=3, seconds=1)
+    names = ["jaxblip", *benchmark.PEERS]
+    assert order == names + names[::-1] + names and not begun
+    assert figures["images_per_second"] == 900 and figures["peers"]["pytorch"] == 300
+    assert figures["ratio_torch"] == figures["ratio_torch_cpu"] == 3
+    assert figures["ratio_bare"] == figures["ratio_bare_cpu"] == 0.75
+    assert figures["ratio_torch_threads"] == 3.333 and figures["others"] == 0.5
+    assert figures["peak_memory_mib"]["bare"] == 200
+    assert "Other processes took 50% of the cores" in capsys.readouterr().out
+    json.dumps(figures)
+
+
+def test_time_of_all_cores_goes_on(benchmark):
+    before = benchmark._busy_s()
+    sum(range(3_000_000))
+    assert 0.01 <= benchmark._busy_s() - before < 100

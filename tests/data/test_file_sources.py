@@ -221,19 +221,37 @@ def test_vqa_of_two_files(tmp_path):
     questions = {"data_subtype": "val2014", "questions": [
         {"image_id": 42, "question": "how many?", "question_id": 420}]}  # fmt: skip
     answers = [{"answer": "2", "answer_id": i} for i in range(9)] + [{"answer": "two"}]
+    types = {"question_type": "how many", "answer_type": "number"}
     (tmp_path / "COCO_val2014_000000000042.jpg").write_bytes(RED)
     (tmp_path / "q.json").write_text(json.dumps(questions))
     (tmp_path / "a.json").write_text(
-        json.dumps({"annotations": [{"question_id": 420, "answers": answers}]})
+        json.dumps({"annotations": [{"question_id": 420, "answers": answers, **types}]})
     )
     source = opened(f"{tmp_path}/q.json,{tmp_path}/a.json")
     assert source.has_instructions and len(source) == 1
     assert source[0] == {
         "image": RED, "image_id": 42, "instruction": "how many?", "captions": ["2"] * 9 + ["two"],
-            "question_id": 420,
+        "question_id": 420, "question_type": "how many", "answer_type": "number",
     }  # fmt: skip
     with pytest.raises(UserError, match=r"q\.json has questions without answers"):
         opened(tmp_path / "q.json")
+
+
+def test_what_gqa_and_nocaps_say_beside_the_texts(folder):
+    asked = {"imageId": "1", "question": "Is it red?", "answer": "yes"}
+    typed = {key: asked | {"types": {"structural": kind}} for key, kind in
+             (("00", "verify"), ("01", "query"))}  # fmt: skip
+    (folder / "file.json").write_text(json.dumps(typed))
+    (folder / "pictures/1.jpg").write_bytes(RED)
+    source = opened(folder / "file.json", image_folder=str(folder / "pictures"))
+    assert [(e["question_id"], e["question_type"]) for e in examples(source)] == [
+        ("00", "verify"), ("01", "query"),
+    ]  # fmt: skip
+    assert (source[0]["instruction"], source[0]["captions"]) == ("Is it red?", ["yes"])
+    nocaps = COCO | {"images": [image | {"domain": "near-domain"} for image in COCO["images"]]}
+    (folder / "file.json").write_text(json.dumps(nocaps))
+    source = opened(folder / "file.json", image_folder=str(folder / "pictures"))
+    assert {e["domain"] for e in examples(source)} == {"near-domain"}
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.text import clean_caption, clean_question
 from jaxblip.data.tokenizers import TextEncoder, train_wordpiece
-from jaxblip.evaluation.captions import caption_metrics
+from jaxblip.evaluation.captions import caption_metrics, exact_share
 from jaxblip.evaluation.report import write_report
-from jaxblip.evaluation.verbs import _write_predictions
+from jaxblip.evaluation.results import prediction_rows
 
 # What is written, and what cleaning makes of it.
 SCRIPTS = {
@@ -194,12 +194,11 @@ def test_from_an_evaluation_set_to_predictions_and_the_page(spec, tmp_path):
     cleaned = [clean_caption(text) for text in TEXTS]
     assert sorted(text for [text] in found.captions) == sorted(cleaned)
     said = [references[0] for references in found.captions]
-    assert caption_metrics(said, found.captions)["caption_exact"] == 1
-    _write_predictions(
-        tmp_path / "predictions.jsonl", SimpleNamespace(set=found, predictions=said)
+    assert exact_share(said, found.captions) == 1
+    assert np.isfinite(list(caption_metrics(said, found.texts).values())).all()
+    rows = prediction_rows(
+        SimpleNamespace(set=found, predictions=said, references=lambda: found.captions)
     )
-    lines = (tmp_path / "predictions.jsonl").read_bytes().decode().split("\n")
-    rows = [json.loads(line) for line in lines[:-1]]
     assert [row["caption"] for row in rows] == said and len(rows) == len(TEXTS)
     gallery = [
         {"image": found.images[row], "predicted": wrong, "references": references}

@@ -1,5 +1,7 @@
 """The resampler against Pillow's, whose filters it has."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,17 @@ from jaxblip.data.resample import resample
 from photos import texture
 
 FILTERS = ("bicubic", "bilinear", "lanczos")
+# The second one is for edges through pixels, and for machines without the first one.
+both_ways = pytest.mark.parametrize("way", ["simd", "products"], indirect=True)
+
+
+@pytest.fixture
+def way(request, monkeypatch):
+    if request.param == "products":
+        monkeypatch.setattr(module, "simd", None)
+    else:
+        pytest.importorskip("cykooz_resizer")
+        monkeypatch.delattr(module, "_by_products")
 
 
 def pillow(pixels, box, size_px, interpolation="bicubic"):
@@ -17,9 +30,10 @@ def pillow(pixels, box, size_px, interpolation="bicubic"):
     return np.asarray(crop.resize((size_px, size_px), Image.Resampling[interpolation.upper()]))
 
 
+@both_ways
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("size_px", [1, 5, 8, 24, 37, 224])
-def test_like_pillow_at_any_size(size_px, interpolation):
+def test_like_pillow_at_any_size(size_px, interpolation, way):
     rng = np.random.default_rng(size_px)
     for height, width in ((1, 1), (3, 50), (37, 37), (90, 71), (240, 320)):
         pixels = texture(height, width, seed=height)
@@ -32,8 +46,9 @@ def test_like_pillow_at_any_size(size_px, interpolation):
             assert difference.max() <= 2
 
 
-def test_hard_edges_at_the_ends_of_the_range():
-    """Where the first pass goes beyond 0 and 255, which Pillow cuts off and we do not."""
+@both_ways
+def test_hard_edges_at_the_ends_of_the_range(way):
+    """Where the first pass goes beyond 0 and 255, which Pillow cuts off and products do not."""
     pixels = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (300, 300, 1))
     pixels = np.kron(pixels[:30, :30], np.ones((10, 10, 3), np.uint8))
     difference = abs(resample(pixels, (0, 0, 300, 300), 128).astype(int)
@@ -52,11 +67,18 @@ def test_edges_through_pixels(interpolation):
     assert inner.mean() <= 0.4 and inner.max() <= 2
 
 
-def test_nothing_beyond_the_edges_is_looked_at():
+@both_ways
+def test_nothing_beyond_the_edges_is_looked_at(way):
     pixels, box = texture(60, 80), (11, 7, 51, 47)
     around = 255 - pixels
     around[7:47, 11:51] = pixels[7:47, 11:51]
     np.testing.assert_array_equal(resample(pixels, box, 16), resample(around, box, 16))
+
+
+def test_what_is_beyond_an_edge_through_a_pixel_has_little_weight():
+    pixels = texture(60, 80)
+    around = 255 - pixels
+    around[7:47, 11:51] = pixels[7:47, 11:51]
     # An eighth of a pixel counts an eighth: with the rest of it outside it has little weight.
     box = (11.875, 7.875, 50.125, 46.125)
     np.testing.assert_array_equal(resample(pixels, box, 16), resample(around, box, 16))
@@ -65,7 +87,8 @@ def test_nothing_beyond_the_edges_is_looked_at():
     assert resample(grey, box, 8).max() < 115
 
 
-def test_the_same_size_changes_nothing():
+@both_ways
+def test_the_same_size_changes_nothing(way):
     pixels = texture(50, 60)
     np.testing.assert_array_equal(resample(pixels, (9, 4, 49, 44), 40), pixels[4:44, 9:49])
 
@@ -76,11 +99,55 @@ def test_one_colour_stays_it():
         assert (resample(pixels, (0.5, 0.25, 89, 70), 24) == value).all()
 
 
-def test_mirrored():
-    pixels, box = texture(50, 60), (3, 4, 50, 47)
-    mirror = resample(pixels, box, 24, mirrored=True)
-    np.testing.assert_array_equal(mirror, resample(pixels, box, 24)[:, ::-1])
-    assert mirror.flags.c_contiguous
+@pytest.mark.parametrize("left", [3, 3.5])
+def test_mirrored(left):
+    pixels, box = texture(50, 60), (left, 4, 50, 47)
+    mirror, plain = resample(pixels, box, 24, mirrored=True), resample(pixels, box, 24)
+    np.testing.assert_array_equal(mirror, plain[:, ::-1])
+    for pixels in (mirror, plain):
+        assert pixels.flags.c_contiguous and pixels.flags.writeable
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_one_way_is_like_the_other(interpolation, monkeypatch):
+    """With whole numbers, as ints or not."""
+    pytest.importorskip("cykooz_resizer")
+    pixels = texture(240, 320)
+    for box in ((0, 0, 320, 240), (7, 21, 290, 200)):
+        simd = resample(pixels, box, 96, interpolation)
+        floats = resample(pixels, tuple(map(float, box)), 96, interpolation)
+        np.testing.assert_array_equal(simd, floats)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "simd", None)
+            products = resample(pixels, box, 96, interpolation)
+        difference = abs(simd.astype(int) - products)
+        assert difference.mean() < 0.1 and difference.max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_no_instructions_of_the_processor_change_a_pixel(interpolation, monkeypatch):
+    simd = pytest.importorskip("cykooz_resizer")
+    rng, plain = np.random.default_rng(0), simd.Resizer()
+    plain.cpu_extensions = simd.CpuExtensions.none
+    for number in range(20):
+        height, width = rng.integers(1, 300, 2).tolist()
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        box, size_px = (0, 0, width, height), int(rng.integers(1, 120))
+        fast = resample(pixels, box, size_px, interpolation)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._of_thread, "resizer", plain)
+            slow = resample(pixels, box, size_px, interpolation)
+        np.testing.assert_array_equal(fast, slow)
+
+
+def test_threads_do_not_write_into_each_others_results():
+    pixels = [texture(200, 260, seed) for seed in range(4)]
+    expected = [resample(each, (3, 5, 250, 190), 64) for each in pixels]
+    with ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda number: resample(pixels[number % 4], (3, 5, 250, 190), 64),
+                            range(200))  # fmt: skip
+        for number, result in enumerate(found):
+            np.testing.assert_array_equal(result, expected[number % 4])
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)

@@ -21,13 +21,13 @@ QUESTIONS = [
 def folder(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     rows = [
-        {"image": "a.png", "question": question, "answers": answers, "question_id": 7 + row, **types}
-        for row, (question, answers, types) in enumerate(QUESTIONS)
+        {"image": "a.png", "question": question, "answers": texts, "question_id": 7 + row, **types}
+        for row, (question, texts, types) in enumerate(QUESTIONS)
     ]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     captions = [
-        {"image": f"no_such_{row}.png", "id": row, "captions": [f"a {what} on a mat", f"the {what}"],
-         "domain": domain}
+        {"image": f"no_such_{row}.png", "id": row, "domain": domain,
+         "captions": [f"a {what} on a mat", f"the {what}"]}
         for row, (what, domain) in enumerate([("cat", "in-domain"), ("dog", "in-domain"),
                                               ("zebra", "out-domain"), ("gnu", "out-domain")])
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_captions_are_scored_by_domain_without_their_images(folder, capsys, monk
 
 REFUSED = {
     "1 of 3 entries of": lambda: answers("cat", "2"),
-    "about a question_id that": lambda: [*answers("a", "b", "c"), {"question_id": 99, "answer": "d"}],
+    "about a question_id that": lambda: answers("a", "b", "c", "d"),
     "entry 3 has the question_id 7 again": lambda: answers("a", "b", "c") + answers("d"),
     'entry 0 is {"question_id": 7}': lambda: [{"question_id": 7}],
     "not a list": lambda: {"7": "cat"},

@@ -14,7 +14,9 @@ from jaxblip.cli import main
 from jaxblip.config import load_config
 from jaxblip.data import run_tokenizers
 from jaxblip.data.tokenizers import load_tokenizer
-from jaxblip.evaluation.verbs import evaluate, generate
+from jaxblip.decoding.image_to_text import ImageToText
+from jaxblip.evaluation import captions
+from jaxblip.evaluation.verbs import evaluate, follow, generate
 from jaxblip.training.loop import train
 from jaxblip.training.metrics import read_metrics
 from tiny_tasks import fast_jit
@@ -57,6 +59,7 @@ def run(tmp_path, monkeypatch):
     """Trains `task-language_model` and returns the work directory."""
     monkeypatch.setattr(run_tokenizers, "_TOKENIZER_EXAMPLES", 200)
     monkeypatch.setattr(jax, "jit", fast_jit)
+    monkeypatch.setattr(captions, "has_java", lambda: False)
 
     def trained(which, *overrides):
         (tmp_path / "config.py").write_text(CONFIG)
@@ -77,9 +80,9 @@ def test_a_run_of_stage2_writes_captions(run, language_model, tmp_path, capsys):
     for path in pictures:
         shade = int(Path(path).stem)
         Image.fromarray(np.full((30, 30, 3), shade, np.uint8)).save(path)
-    captions = list(generate(workdir, pictures))
-    assert [path for path, _ in captions] == pictures
-    assert all(isinstance(caption, str) for _, caption in captions)
+    written = list(generate(workdir, pictures))
+    assert [path for path, _ in written] == pictures
+    assert all(isinstance(caption, str) for _, caption in written)
     verb = ["generate", f"--checkpoint={workdir}", "--image", pictures[0]]
     capsys.readouterr()
     if language_model == "llama":
@@ -93,14 +96,18 @@ def test_a_run_of_stage2_writes_captions(run, language_model, tmp_path, capsys):
         assert sum(probabilities) == pytest.approx(1, abs=1e-3)
     if language_model == "t5":
         assert main([*verb, "--stream", "--num-beams=1"]) == 0
-        assert capsys.readouterr().out == f"{pictures[0]}: {captions[0][1]}\n"
+        assert capsys.readouterr().out == f"{pictures[0]}: {written[0][1]}\n"
         assert main([*verb, "--num-captions=3", "--question=what?", "--max-new-tokens=4"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 and all(line.startswith(f"{pictures[0]}:") for line in lines)
         metrics = evaluate(workdir, ["config.eval.source=shapes:heldout"])
-        assert {"caption_exact", "bleu4"} <= metrics.keys()
+        assert {"caption_exact", "bleu4", "cider"} <= metrics.keys()
         lines = (Path(workdir) / "predictions.jsonl").read_text().splitlines()
         assert len(lines) == 8
+        predicted = [json.loads(line) for line in lines]
+        assert json.loads((Path(workdir) / "submission.json").read_text()) == [
+            {"image_id": row["image_id"], "caption": row["caption"]} for row in predicted
+        ]
 
 
 def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys):
@@ -118,7 +125,7 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
         assert len(load_tokenizer(f"{workdir}/{folder}")) == size
     last = read_metrics(workdir)[-1]  # of the evaluation at the end of the run
     metrics = evaluate(workdir)
-    assert metrics.keys() == {"caption_exact", "bleu4"}
+    assert {"caption_exact", "bleu4", "cider"} <= metrics.keys()
     assert all(last[f"eval/{name}"] == pytest.approx(metrics[name]) for name in metrics)
     written = (Path(workdir) / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in written]
@@ -132,6 +139,7 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
     assert "<h1>Instruction tuning (InstructBLIP)</h1>" in page and "LM loss by step" in page
     for words in (f"of {workdir} on {data}", "CPU, ", f"jax {jax.__version__}", "evaluation</th>"):
         assert words in page
+    check_several_evaluations(workdir, data, rows, tmp_path)
     # What a user asks is answered as it is in the evaluation.
     as_evaluated = dict(max_new_tokens=5, min_new_tokens=0, length_penalty=1.0)
     answers = list(generate(workdir, pictures, question="Why?", **as_evaluated))
@@ -140,6 +148,45 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
     capsys.readouterr()
     assert main([*verb, "--prompt=Why?", "--stream"]) == 0
     assert capsys.readouterr().out == f"{pictures[0]}: {rows[1]['caption']}\n"
+
+
+def check_several_evaluations(workdir, data, rows, tmp_path):
+    """Beside each other, killed between two batches, and of each checkpoint of the run."""
+    (tmp_path / "answers.txt").write_text("no\nso\nIt is 90.\n")
+    overrides = [f"config.eval.set.{setting}" for setting in (
+        f"open.source={data}", "open.kind=vqa", "open.batch_size=4",
+        "ranked.kind=vqa", f"ranked.answers={tmp_path / 'answers.txt'}", "words.kind=loss",
+    )]  # fmt: skip
+    batches, made = ImageToText.generate_batches, []
+
+    def dies(self, *args, **settings):
+        for batch in batches(self, *args, **settings):
+            made.append(batch)
+            if len(made) == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageToText, "generate_batches", dies)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(workdir, overrides)
+        found = follow(workdir, overrides)  # goes on where that one was
+    (metrics,) = found.values()
+    assert [len(batch) for batch in made] == [4, 4, 4]
+    assert {"open/vqa_accuracy", "ranked/vqa_accuracy", "words/perplexity"} <= metrics.keys()
+    folder = Path(workdir)
+    results = json.loads((folder / "results.json").read_text())["evaluations"]
+    assert results.keys() == {"open", "ranked", "words"}
+    assert results["open"]["vqa_accuracy"] == metrics["open/vqa_accuracy"]
+    assert "by answer type" in results["ranked"]["details"]
+    said = json.loads((folder / "submission-open.json").read_text())
+    assert [entry["answer"] for entry in said] == [row["caption"] for row in rows]
+    assert [entry["question_id"] for entry in said] == list(range(8))
+    said = json.loads((folder / "submission-ranked.json").read_text())
+    assert {entry["answer"] for entry in said} <= {"no", "so", "It is 90."}
+    assert "<h3>by answer type</h3>" in (folder / "results-open.html").read_text()
+    assert not list((folder / ".evaluation").iterdir())
+    assert follow(workdir, overrides) == found  # from evaluations.jsonl
 
 
 def test_a_t5_learns_language_alone(run):

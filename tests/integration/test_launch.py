@@ -30,6 +30,10 @@ FIELDS = {
     "batch_size": 16,
     "log_every_steps": 1,
     "optimizer.warmup_steps": 3,
+    # Beside this eps gradients that are nothing but rounding (a key's bias) move nothing.
+    "optimizer.name": "adamw",
+    "optimizer.eps": 1.0,
+    "optimizer.peak_lr": 0.1,
     "eval.source": "",
     "data.num_workers": 0,
     "data.image_size_px": 24,
@@ -56,7 +60,7 @@ def on_two_processes(tmp_path_factory):
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while launcher.poll() is None and time.monotonic() < deadline:
         if (lines := read_metrics(workdir)) and lines[-1]["step"] >= 3:
             launcher.send_signal(signal.SIGTERM)
@@ -106,7 +110,7 @@ def test_sigterm_saves_the_same_step_everywhere_and_one_process_goes_on_from_it(
     assert re.search(rf"Resuming at step {step} of {STEPS}", capfd.readouterr().out)
     assert_same_lines(read_metrics(workdir), read_metrics(on_one_process))
     jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5),
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5),
         load_params(workdir),
         load_params(on_one_process),
     )

@@ -2,14 +2,13 @@
 
 import contextlib
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxblip import sharding
 from jaxblip.cli import main
@@ -39,40 +38,50 @@ def arguments(workdir):
     return ["train", "--config=configs/demo/vision.py", f"--workdir={workdir}", *overrides]
 
 
-class Events(list):
-    """What happens in the loop, in its order: "step", "log", and each way to wait or to fetch."""
+def record(monkeypatch, owner, name, events, describe):
+    """Adds `describe(*args)` to the events whenever this method, function or property is used."""
+    original = getattr(owner, name)
+    called = original.fget if isinstance(original, property) else original
 
-    def record(self, monkeypatch, owner, name, event):
-        original = getattr(owner, name)
-        as_property = isinstance(original, property)
+    def recorded(*args, **kwargs):
+        events.append(describe(*args))
+        return called(*args, **kwargs)
 
-        def recorded(*args, **kwargs):
-            self.append(event)
-            return (original.fget if as_property else original)(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, property(recorded) if as_property else recorded)
+    recorded = property(recorded) if isinstance(original, property) else recorded
+    monkeypatch.setattr(owner, name, recorded)
 
 
-def test_nothing_is_fetched_and_nothing_waited_for_between_logs(tmp_path, monkeypatch):
-    events = Events()
-    events.record(monkeypatch, Monitor, "after_step", "step")
-    events.record(monkeypatch, Monitor, "log", "log")
+def test_between_logs_nothing_is_fetched_and_the_device_has_its_next_step(tmp_path, monkeypatch):
+    events, steps = [], []
+
+    def step(monitor, number, metrics):
+        steps.append(metrics)
+        return "step"
+
+    def wait(waited_for):
+        behind = [i for i, metrics in enumerate(reversed(steps)) if metrics is waited_for]
+        return f"wait-{behind[0]}-behind" if behind else "wait"
+
+    record(monkeypatch, Monitor, "after_step", events, step)
+    record(monkeypatch, Monitor, "log", events, lambda *_: "log")
+    record(monkeypatch, jax, "block_until_ready", events, wait)
+    record(monkeypatch, ArrayImpl, "block_until_ready", events, wait)
     # Every way to a value on the host (`int`, `float`, `np.asarray`, `device_get`, `print`) goes
     # through one of these.
-    events.record(monkeypatch, ArrayImpl, "_value", "fetch")
-    events.record(monkeypatch, jax, "device_get", "fetch")
-    events.record(monkeypatch, jax, "block_until_ready", "wait")
-    events.record(monkeypatch, ArrayImpl, "block_until_ready", "wait")
+    record(monkeypatch, ArrayImpl, "_value", events, lambda *_: "fetch")
+    record(monkeypatch, jax, "device_get", events, lambda *_: "fetch")
     assert main(arguments(tmp_path / "run")) == 0
 
-    of_step = " ".join(events[events.index("step") :])
-    assert Counter(events)["step"] == 7 and Counter(events)["log"] == 3
-    log = r"log( fetch)+"
-    # The first step alone is waited for: its compilation is no part of the speed.
-    end_of_run = r"( (fetch|wait))*"  # the checkpoint
+    first = events.index("step")
+    last = len(events) - events[::-1].index("log")
+    in_loop = " ".join(events[first:last])
+    log = r"log ((fetch|wait) )+"
+    # The first step is waited for, since its compilation is no part of the speed.
     assert re.fullmatch(
-        rf"step wait step step {log} step step step {log} step {log}{end_of_run}", of_step
-    ), of_step
+        rf"step wait-0-behind step step wait-2-behind {log}"
+        rf"(step wait-2-behind ){{3}}{log}step wait-2-behind log",
+        in_loop,
+    ), in_loop
 
 
 def test_a_step_moves_nothing_but_its_batch_and_that_explicitly(tmp_path, monkeypatch):
@@ -102,29 +111,24 @@ def test_the_guard_sees_what_it_should():
         add(one, 2.0)
 
 
-STEP = """
-import jax, time
-from jaxblip.runtime import keep_compilations
-
-keep_compilations()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
-jax.jit(lambda x: jax.numpy.tanh(x) @ x)(jax.numpy.ones((64, 64))).block_until_ready()
-print(jax.config.jax_compilation_cache_dir, hits.count("/jax/compilation_cache/cache_hits"))
-"""
-
-
-def test_what_one_process_compiled_the_next_one_finds(tmp_path, monkeypatch):
-    def run(**variables):
-        environment = {**variables, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-c", STEP]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        folder, hits = done.stdout.split()
-        return folder, int(hits)
-
-    folder = str(tmp_path / "cache" / "jaxblip" / "compilations")
-    assert run(XDG_CACHE_HOME=str(tmp_path / "cache")) == (folder, 0)
-    found, hits = run(XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert found == folder and hits > 0
+def test_what_one_run_compiled_the_next_one_finds(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    events = []
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+    try:
+        assert main(arguments(tmp_path / "first")) == 0
+        assert list((tmp_path / "cache" / "jaxblip" / "compilations").glob("jit_step-*"))
+        of_first = len(events)
+        assert main(arguments(tmp_path / "second")) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    counts = Counter(events[of_first:])
+    assert counts["/jax/compilation_cache/cache_hits"] > 0
+    assert counts["/jax/compilation_cache/cache_misses"] == 0
+    lines = [read_metrics(tmp_path / name) for name in ("first", "second")]
+    assert [line["train/loss"] for line in lines[0]] == [line["train/loss"] for line in lines[1]]
+    assert not list((tmp_path / "second").rglob("*-cache"))

@@ -166,8 +166,8 @@ def test_blocks_are_equal_and_no_larger_than_asked_for(batch, block_size, expect
     assert num_blocks(batch, block_size) == expected
 
 
-def planned(batch, queries, block_size, devices):
-    """Bytes that one device needs beside arguments and results: loss, gradients and negatives."""
+def compiled(batch, queries, block_size, devices):
+    """The loss, its gradients and hard negatives, and the bytes that a device needs for them."""
     mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
     rows = sharding.batch_sharding(mesh)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -177,26 +177,46 @@ def planned(batch, queries, block_size, devices):
         negatives = sample_hard_negatives(
             rng, image, text, scale, image_id, block_size=block_size
         )
-        return jax.grad(loss, (0, 1, 2))(image, text, scale), negatives
+        return jax.value_and_grad(loss, (0, 1, 2))(image, text, scale), negatives
 
-    embed = 4
     shapes = (
-        jax.ShapeDtypeStruct((batch, queries, embed), jnp.float32, sharding=rows),
-        jax.ShapeDtypeStruct((batch, embed), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((batch, queries, EMBED), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((batch, EMBED), jnp.float32, sharding=rows),
         jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
-    gradients = (rows, rows, whole), (rows, rows, whole)
-    compiled = jax.jit(step, out_shardings=gradients).lower(*shapes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    results = (whole, (rows, rows, whole)), (rows, rows, whole)
+    program = jax.jit(step, out_shardings=results).lower(*shapes).compile()
+
+    def run(image, text, scale, image_id, rng):
+        arrays = image, text, scale, image_id
+        places = rows, rows, whole, rows
+        return program(*map(jax.device_put, arrays, places), jax.device_put(rng, whole))
+
+    return run, program.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_batch_by_batch_by_devices():
+def test_on_a_mesh_memory_is_batch_by_batch_by_devices():
     batch, queries = 1024, 32
     scores = 4 * batch**2
-    alone, shared = (planned(batch, queries, 0, devices) for devices in (1, 8))
+    (run_alone, alone), (run_shared, shared), (run_in_blocks, in_blocks) = (
+        compiled(batch, queries, *options) for options in [(0, 1), (0, 8), (64, 8)]
+    )
     assert alone < queries * scores / 2  # nothing is batch x batch x queries
     assert shared < alone / 6
-    in_blocks = planned(batch, queries, 64, 8)
     assert in_blocks < scores / 8 < shared / 8
+
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(batch, queries, EMBED)), rng.normal(size=(batch, EMBED))
+    image_id = rng.integers(0, batch // 2, batch).astype(np.int32)
+    inputs = np.float32(image), np.float32(text), np.float32(2.0), image_id, jax.random.key(3)
+    expected, negatives = run_alone(*inputs)
+    for found, others in run_shared(*inputs), run_in_blocks(*inputs):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected
+        )
+        texts, images, exist = map(np.asarray, others)
+        assert exist and not (image_id[texts] == image_id).any()
+        assert not (image_id[images] == image_id).any()
+    jax.tree.map(np.testing.assert_array_equal, run_shared(*inputs)[1], negatives)

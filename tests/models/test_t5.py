@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 from transformers.models.t5.modeling_t5 import T5Attention as TorchT5Attention
 
@@ -181,6 +182,32 @@ def test_shift_right():
     expected = example.reference._shift_right(torch.tensor(example.targets))
     np.testing.assert_array_equal(shift_right(jnp.asarray(example.targets), 0), expected)
     assert (shift_right(jnp.asarray(example.targets), 5)[:, 0] == 5).all()
+
+
+def lookups(jaxpr, table_shape):
+    """Number of look-ups in tables of a shape, each as often as its loop runs."""
+    found = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "gather":
+            found += equation.invars[0].aval.shape == table_shape
+        for inner in jaxprs_in_params(equation.params):
+            found += times * lookups(inner, table_shape)
+    return found
+
+
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_the_position_bias_of_a_stack_is_computed_once_for_all_layers(num_layers):
+    config = T5Config(
+        vocab_size=13, width=WIDTH, num_layers=num_layers, num_decoder_layers=num_layers,
+        num_heads=3, head_width=4, mlp_width=8,
+    )  # fmt: skip
+    model = T5LanguageModel(config)
+    inputs = jnp.zeros((BATCH, INPUT, WIDTH)), jnp.ones((BATCH, INPUT), bool)
+    targets = jnp.zeros((BATCH, LENGTH, WIDTH)), causal_mask(jnp.ones((BATCH, LENGTH), bool))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs, *targets)
+    jaxpr = jax.make_jaxpr(model.apply)(params, *inputs, *targets).jaxpr
+    assert lookups(jaxpr, (config.num_position_buckets, config.num_heads)) == 2  # a stack each
 
 
 def test_remat_changes_nothing():

@@ -1,4 +1,4 @@
-"""The planner: one small config compiled for real, and its search on compilations that are made up."""
+"""The planner: a small config compiled for real, and its search on compilations made up."""
 
 import dataclasses
 import importlib.util
@@ -9,11 +9,11 @@ import pytest
 from tiny_tasks import shallow, tiny_config
 
 from jaxblip import cli, sharding
-from jaxblip.config import default_config, load_config
+from jaxblip.config import default_config
 from jaxblip.errors import UserError
 from jaxblip.planning import compilation, hardware, report, shortage, topologies, worker
 from jaxblip.planning.compilation import AbstractStep, Compilation, with_full_vocabulary
-from jaxblip.planning.plan import Plan, mesh_of, plan
+from jaxblip.planning.plan import mesh_of, plan
 
 LOCAL = topologies.parse("local")
 POD = topologies.parse("v5e:4x4")
@@ -56,8 +56,9 @@ def test_a_small_config_is_planned_on_the_devices_at_hand(local):
     asked = local.asked
     assert local.tried == (asked,) and local.best is asked and asked.fits
     assert (asked.num_chips, asked.mesh) == (8, {"data": 4, "fsdp": 2, "tensor": 1})
-    # As much as the model has, and what each device repeats of the contrast of all rows.
-    assert 1 <= 8 * asked.operations_per_chip / asked.operations < 1.2
+    # As much as the model has, and what each device repeats of the contrast of all rows; the
+    # compiler writes some of the smallest products as sums.
+    assert 0.99 < 8 * asked.operations_per_chip / asked.operations < 1.2
     assert asked.collectives["all-gather"] > 0 and asked.memory.temporary > 0
     assert asked.times == {} and asked.bound == ""
     text = "\n".join(report.lines(local))
@@ -122,7 +123,7 @@ class TestSearch:
         assert found.asked.step_s == 1.0 and found.asked.bound == "computation"
         text = "\n".join(report.lines(found))
         assert "fits: 2.0 of 15.8 GiB a chip: parameters that train 0.00" in text
-        assert "at most 32 images/s; 10 steps in 0.0 days or 0 chip-hours at least [modelled]" in text
+        assert "at most 32 images/s; 10 steps in 0.0 days or 0 chip-hours at least" in text
 
     def test_what_does_not_fit_is_computed_again(self):
         config = small()
@@ -169,7 +170,7 @@ class TestSearch:
         assert found.best is not None and found.best.memory.state < 100_000
 
     def test_a_mesh_that_wastes_devices(self):
-        with pytest.raises(UserError, match=r"does not fit 16 device.*multiply to 12.*product is 16"):
+        with pytest.raises(UserError, match="12 of 16 devices.*product is 16"):
             searched(small(data=4, fsdp=3), temporary_gib=0.1)
 
 
@@ -253,11 +254,13 @@ def test_vocabularies_are_those_of_the_published_models():
 
 def test_policies_are_set_for_the_parts_with_a_backward_pass():
     config = small("stage2")
-    assert compilation.remat_sections(config) == ["qformer", "language_model"]
+    sections = compilation.remat_sections(config)
+    assert {"language_model", "qformer"} <= set(sections) and "vision" not in sections
     again = compilation.with_remat(config, "full")
     assert compilation.remat_of(again) == "full" and again.model.vision.remat == "none"
     again.model.qformer.remat = "dots"
-    assert compilation.remat_of(again) == "qformer dots, language_model full"
+    assert "language_model full" in compilation.remat_of(again)
+    assert "qformer dots" in compilation.remat_of(again)
 
 
 def test_what_the_tpu_compiler_says_of_too_large_a_program():
@@ -277,8 +280,6 @@ def test_what_the_tpu_compiler_says_of_too_large_a_program():
 
 
 def test_the_verb(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "config.py"
-    file.write_text("from tiny_tasks import *\n\n\ndef get_config(arg=''):\n    return small()\n")
     monkeypatch.setattr("jaxblip.config.load_config", lambda path, overrides: small("clip"))
     target = tmp_path / "plan.json"
     arguments = ["plan", "--config=any.py", "--topology=local"]
@@ -287,7 +288,7 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     assert saved["tried"][0]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert "data=2, fsdp=4, batch 8" in capsys.readouterr().out
     assert cli.main([*arguments, "--mesh=data=3"]) == 2
-    assert "multiply to 3" in capsys.readouterr().err
+    assert "of 8 device" in capsys.readouterr().err
     assert cli.main([*arguments, "--mesh=rows=3"]) == 2
     assert "--mesh=rows=3 is no mesh" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny_tasks import (
     COMPILER_OPTIONS,
     LANGUAGE_MODEL_MLP,
+    ROWS,
     VISION_MLP,
     VISION_WIDTH,
     WIDTH,
@@ -20,6 +21,9 @@ from tiny_tasks import (
 )
 
 from jaxblip import sharding
+from jaxblip.models.language_models import continued_hidden
+from jaxblip.planning.operations import count_operations
+from jaxblip.tasks import make_task
 
 
 def product_shapes(jaxpr) -> set[tuple[int, ...]]:
@@ -88,3 +92,35 @@ def test_steps_leave_frozen_parts_as_they_are_and_move_the_rest(name):
     assert bits(frozen) == before
     for path, leaf in jax.tree.leaves_with_path(state.params):
         assert not np.array_equal(leaf, trained[path]), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage2_llama"])
+def test_a_frozen_language_model_is_differentiated_for_activations_only(name):
+    """Each product with its parameters once more, each of the two of attention twice more."""
+    config = tiny_config(name).model.language_model
+    language_model = make_task(tiny_config(name)).language_model
+    length = 6
+    embeddings = jnp.zeros((ROWS, length, WIDTH))
+    params = jax.eval_shape(
+        lambda: language_model.init(jax.random.key(0), jnp.zeros((1, 1), int), method=_scores)
+    )["params"]
+
+    def loss(params, embeddings):
+        logits = language_model.apply({"params": params}, embeddings, method=_logits)
+        return jax.nn.logsumexp(logits)
+
+    forward, activations, everything = (
+        count_operations(function, params, embeddings)
+        for function in (loss, jax.grad(loss, 1), jax.grad(loss, (0, 1)))
+    )
+    of_attention = config.num_layers * 2 * (2 * ROWS * length**2 * WIDTH)
+    assert activations == 2 * forward + of_attention
+    assert everything == 3 * forward
+
+
+def _logits(model, embeddings):
+    return model.logits(continued_hidden(model, embeddings, jnp.ones(embeddings.shape[:2], bool)))
+
+
+def _scores(model, ids):
+    return _logits(model, model.embed(ids))

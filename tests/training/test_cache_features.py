@@ -29,6 +29,7 @@ from jaxblip.training.initialize import frozen_params
 from jaxblip.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+TIMED = ("images_per_s", "seconds_per_step", "data_wait_share")  # differ from run to run
 SIDE, ROWS, MISSING, CORRUPT = 16, 40, 5, 11
 CONFIG = f"""
 from jaxblip.config import default_config
@@ -67,8 +68,8 @@ def folder(tmp_path_factory):
         shape = (SIDE + number % 3, SIDE + number % 4, 3)
         if number != MISSING:
             Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / f"{number}.png")
-        captions = [f"picture {number} of {'red green blue'.split()[number % 3]}", "a thing"]
-        lines += [{"image": f"{number}.png", "captions": [caption]} for caption in captions]
+        texts = [f"picture {number} of {'red green blue'.split()[number % 3]}", "a thing"]
+        lines += [{"image": f"{number}.png", "captions": [text, f"here {text}"]} for text in texts]
     (folder / f"{CORRUPT}.png").write_bytes(b"no picture")
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "config.py").write_text(CONFIG)
@@ -169,11 +170,14 @@ def test_training_has_the_losses_of_the_images(folder, cached, tmp_path, capsys)
     assert train(folder, tmp_path / "features", f"--config.data.features={cached}") == 0
     of_features = capsys.readouterr().out
     wanted, found = (
-        [{name: line[name] for name in ("step", "loss", "itc", "itm", "itg", "grad_norm")}
+        [{name: value for name, value in line.items() if name not in TIMED}
          for line in read_metrics(tmp_path / name)]
         for name in ("images", "features")
     )  # fmt: skip
-    assert found == wanted and len(found) == 3
+    assert len(found) == len(wanted) == 3 and "train/itm" in found[0]
+    for line, other in zip(found, wanted):
+        # Not to the bit: the compiler rounds the rest of the step in other places.
+        assert line == pytest.approx(other, rel=1e-3)
     frozen = [int(re.search(r"train, ([\d,]+) are", out)[1].replace(",", ""))
               for out in (of_images, of_features)]  # fmt: skip
     assert frozen[0] > 1000 and frozen[1] == 0  # the encoder is not in memory any more
@@ -337,7 +341,7 @@ def test_what_is_there_is_not_written_again(folder, cached, capsys, monkeypatch)
         (["--views=2"], "All 2 views of an image would be the same"),
         (["--views=0"], "--views=0 is no number of views: give 1 or more"),
         (["--config.frozen="], "The image encoder trains"),
-        (["--to=gs://somewhere"], "--to=gs://somewhere is a URL: give a local folder"),
+        (["--to=gs://somewhere"], "--to=gs://somewhere is a URL: name a folder, local"),
         (["--config.init.vision="], "'vision' is frozen but has no weights"),
     ],
 )

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from jaxblip.config import default_config

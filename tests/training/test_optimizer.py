@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxblip.errors import UserError
 from jaxblip.tasks import make_task
 from jaxblip.training.optimizer import (
+    layer_factors,
     learning_rate,
     make_optimizer,
     matrix_dimensions,
@@ -229,3 +230,114 @@ def test_muon_takes_all_linear_maps_of_a_task_and_nothing_else(task):
         )  # fmt: skip
         of_muon = matrix_dimensions({name: leaf})[name] is not None
         assert of_muon != any(part in name for part in adam), name
+
+
+def vision_shapes(layers, width=8):
+    return {
+        "vision": {
+            "patch_embedding": {"kernel": (2, 2, 3, width), "bias": (width,)},
+            "cls_token": (width,),
+            "position_embedding": (5, width),
+            "pre_norm": {"scale": (width,)},
+            "layers": {
+                "attention": {"query": {"kernel": (layers, width, 2, 4)}},
+                "mlp": {"up": {"kernel": (layers, width, 12), "bias": (layers, 12)}},
+            },
+        },
+        "vision_norm": {"scale": (width,)},
+        "projection": {"kernel": (width, 6)},
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_layer_moves_at_its_own_rate_and_decays_by_it(name):
+    """One step with known gradients, beside one without layer-wise decay."""
+    layers, decay, rng = 3, 0.8, np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        vision_shapes(layers),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+
+    def update(**layer_decay):
+        optimizer = make_optimizer(config(name=name, weight_decay=0.3, layer_decay=layer_decay))
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree.leaves_with_path(updates)
+        }
+
+    plain, decayed = update(vision=1.0), update(vision=decay)
+    assert plain.keys() == decayed.keys()
+    for path, leaf in plain.items():
+        for layer in range(layers if "/layers/" in path else 1):
+            # LAVIS blip2.py: scale(id) = d ** (L + 1 - id), where block i (from 0) has id i + 1.
+            factor = decay ** (layers + 1)
+            if "/layers/" in path:
+                factor = decay ** (layers + 1 - (layer + 1))
+            if not path.startswith("vision/"):
+                factor = 1.0
+            index = layer if "/layers/" in path else ()
+            np.testing.assert_allclose(decayed[path][index], factor * leaf[index], rtol=1e-6)
+
+
+def test_the_factors_of_the_encoder_of_blip2_are_those_of_the_recipe():
+    """Facts of the reference: of 39 blocks, patches have d ** 40, the last block d."""
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        vision_shapes(39),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    factors = layer_factors(shapes, {"vision": 0.95})
+    assert factors["vision"]["patch_embedding"]["kernel"] == pytest.approx(0.95**40)
+    blocks = factors["vision"]["layers"]["mlp"]["up"]["kernel"]
+    assert blocks.shape == (39, 1, 1) and blocks.dtype == np.float32
+    np.testing.assert_allclose(blocks.ravel(), 0.95 ** np.arange(39, 0, -1), rtol=1e-6)
+    assert factors["vision_norm"]["scale"] == factors["projection"]["kernel"] == 1.0
+
+
+def test_blocks_of_the_qformer_and_stacks_of_t5_count_by_depth():
+    config = tiny_config("stage2_t5")  # 4 blocks in 2 groups; 2 layers of encoder, 3 of decoder
+    shapes = jax.eval_shape(lambda: make_task(config).init(jax.random.key(0)))
+    factors = layer_factors(shapes, {"qformer": 0.5, "language_model": 0.5})
+
+    def exponents(tree):
+        return (-np.log2(np.ravel(tree))).round().astype(int).tolist()
+
+    qformer, t5 = factors["qformer"], factors["language_model"]
+    of_blocks = [
+        exponents(qformer["groups"][f"block_{i}"]["query_mlp"]["up"]["kernel"]) for i in range(2)
+    ]
+    assert of_blocks == [[4, 2], [3, 1]]
+    assert exponents(qformer["image_key_values"]["key"]["kernel"]) == [4, 2]
+    assert exponents(qformer["query_tokens"]) == [5]
+    assert exponents(t5["encoder"]["layers"]["mlp"]["up"]["kernel"]) == [2, 1]
+    assert exponents(t5["decoder"]["layers"]["mlp"]["up"]["kernel"]) == [3, 2, 1]
+    assert exponents(t5["encoder_key_values"]["key"]["kernel"]) == [3, 2, 1]
+    assert exponents(t5["token_embedding"]["embedding"]) == [4]
+    behind = t5["decoder"]["final_norm"]["scale"], t5["lm_head"]["kernel"]
+    assert [exponents(leaf) for leaf in behind] == [[0], [0]]
+    assert set(jax.tree.leaves(factors["vision"])) == {1.0}
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5])
+def test_a_layer_decay_out_of_range_is_refused(decay):
+    with pytest.raises(UserError, match=f"layer_decay.vision={decay} must be above 0"):
+        make_optimizer(config(layer_decay={"vision": decay}))
+
+
+def test_layer_decay_of_what_is_frozen_is_refused():
+    optimizer = make_optimizer(config(layer_decay={"vision": 0.9}))
+    params = {"projection": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(UserError, match="about the layers of vision, of which none trains"):
+        optimizer.init(params)
+
+
+@pytest.mark.parametrize("task", ["blip_caption", "blip_vqa", "clip", "language_model", "stage1"])
+def test_every_part_of_a_task_that_has_a_layer_decay_has_layers(task):
+    config = tiny_config(task)
+    shapes = jax.eval_shape(lambda: make_task(config).init(jax.random.key(0)))
+    decay = dict.fromkeys(config.optimizer.layer_decay, 0.5)
+    assert decay and min(np.min(x) for x in jax.tree.leaves(layer_factors(shapes, decay))) < 0.5
+    assert {path[0].key for path, _ in jax.tree.leaves_with_path(shapes)} >= decay.keys()

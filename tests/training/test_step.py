@@ -339,6 +339,26 @@ def test_a_frozen_part_that_does_not_exist_is_named_with_its_nearest(prefix, nea
         split_params(params, ("vision", prefix))
 
 
+def test_of_prefixes_the_longest_counts():
+    params = {"q": {"tokens": 1, "layers": {"a": 2, "b": 3}}, "head": 4}
+    trainable, frozen = split_params(params, ("q", "q/layers/b"), ("q/tokens", "q/layers"))
+    assert trainable == {"q": {"tokens": 1, "layers": {"a": 2}}, "head": 4}
+    assert frozen == {"q": {"layers": {"b": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        ("q/token", "trainable part 'q/token' matches no .*nearest path is 'q/tokens'"),
+        ("head", "trainable='head' is in nothing that is frozen"),
+        ("q", "trainable='q' is in nothing that is frozen"),
+    ],
+)
+def test_an_exception_that_is_none_is_refused(trainable, message):
+    with pytest.raises(UserError, match=message):
+        split_params({"q": {"tokens": 1, "a": 2}, "head": 3}, ("q",), (trainable,))
+
+
 def test_only_floating_leaves_are_cast():
     tree = {"w": jnp.ones(2), "ids": jnp.arange(2), "on": jnp.array([True])}
     cast = cast_frozen(tree, jnp.bfloat16)
