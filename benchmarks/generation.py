@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     device = jax.devices()[0]
     config = make_config("stage2", options.size, options.batch_size, options.dtype)
-    inputs = random_inputs(config), random_prompts(config), options.new_tokens
+    inputs = random_images(config), random_prompts(config), options.new_tokens
     ours = OurCaptions(config, *inputs)
     subjects = {"jaxblip": ours}
     if options.peer:
@@ -141,7 +141,7 @@ def of_times(options: argparse.Namespace, seconds: dict) -> dict[str, float]:
     }
 
 
-def random_inputs(config: ConfigDict) -> np.ndarray:
+def random_images(config: ConfigDict) -> np.ndarray:
     """Images of noise."""
     size = config.data.image_size_px
     shape = config.batch_size, size, size, 3

@@ -146,17 +146,6 @@ def _parser() -> tuple[
     verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
     verb.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
 
-    verb = add("plan", _plan, "does it fit, and how long will it take?", help_texts.PLAN)
-    verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
-    verb.add_argument(
-        "--topology", required=True, metavar="NAME,NAME", help="v5e:16x16, h100:4x8, local, …"
-    )
-    verb.add_argument("--mesh", metavar="AXIS=N,…", help="data=16,fsdp=16, for the config's own")
-    verb.add_argument("--json", metavar="FILE", help="write all figures there as well")
-    verb.add_argument(
-        "--tries", type=int, default=3, metavar="N", help="other settings to try, if need be (3)"
-    )
-
     verb = add("evaluate", _evaluate, "evaluate a checkpoint", help_texts.EVALUATE)
     verb.add_argument("--workdir", metavar="DIR", help="that of a training")
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
@@ -192,6 +181,17 @@ def _parser() -> tuple[
         "--language-model", metavar="SOURCE", help="likewise the language model"
     )
     verb.add_argument("--step", type=int, help="checkpoint of a run; by default the latest")
+
+    verb = add("plan", _plan, "does it fit, and how long will it take?", help_texts.PLAN)
+    verb.add_argument("--config", required=True, metavar="FILE", help="FILE.py or FILE.py:ARG")
+    verb.add_argument(
+        "--topology", required=True, metavar="NAME,NAME", help="v5e:16x16, h100:4x8, local, …"
+    )
+    verb.add_argument("--mesh", metavar="AXIS=N,…", help="data=16,fsdp=16, for the config's own")
+    verb.add_argument("--json", metavar="FILE", help="write all figures there as well")
+    verb.add_argument(
+        "--tries", type=int, default=3, metavar="N", help="other settings to try, if need be (3)"
+    )
 
     verb = add("data", None, "look at data, make data sets", "Looks at data, and makes data sets.")
     data = verb.add_subparsers(dest="data_verb", required=True, metavar="VERB")

@@ -77,7 +77,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     config.frozen = TASKS[task].frozen  # path prefixes of the parameters that do not train
     # Longer prefixes of what trains nevertheless, such as qformer/query_tokens of a frozen qformer
     config.trainable = ()
-    config.max_skipped_in_a_row = 10  # updates with a non-finite loss, after which the run stops
+    # updates with a non-finite loss, after which the run stops at its next line of metrics
+    config.max_skipped_in_a_row = 10
     config.log_every_steps = 50  # steps between two lines of metrics
     if "retrieval" in KINDS[task]:
         # steps after which a line says which losses are still where guessing leaves them; 0 = never

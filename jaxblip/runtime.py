@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ TIMEOUTS_S = {
     "heartbeat_timeout_seconds": 100,  # after which a process that is silent counts as dead
     "shutdown_timeout_seconds": 300,
 }
+_SAY_WAITING_AFTER_S = 20
+# What JAX says where it finds none, and where it is too late, since a program has used devices.
+_NO_PEERS = (
+    "coordinator_address should be defined",
+    "Cannot automatically initialize distributed workload",  # a pod of no Job
+    "must be called before",
+)
 # For a process that fails: its peers may be about to say the same.
 _SHUTDOWN_AFTER_FAILURE_S = 5
 # A run compiles dozens of small programs beside its step: JAX keeps those of more than a second.
@@ -33,29 +41,42 @@ def join_peers(environ: Mapping[str, str] = os.environ) -> None:
     by itself under Slurm, Open MPI and on the hosts of a TPU. A process alone stays alone.
 
     Raises:
-      UserError: the variables contradict each other, or the peers cannot be reached.
+      UserError: the variables contradict each other, or the port of process 0 is taken.
     """
     settings = _named_peers(environ)
     if settings is None:
         if environ.get("SLURM_NTASKS") == "1":
             return  # JAX would take the first GPU for its only one
         settings = {"local_device_ids": _gpus_of_slurm_task(environ)}
+    where = environ.get(COORDINATOR, "process 0")
+    # What JAX says when it gives up is a dump of C++.
+    patience = threading.Timer(
+        _SAY_WAITING_AFTER_S,
+        lambda: print(
+            f"jaxblip: waiting for the other processes of this run at {where}, at most "
+            f"{TIMEOUTS_S['initialization_timeout']} s: see that all are started and reach it.",
+            file=sys.stderr,
+            flush=True,
+        ),
+    )
+    patience.daemon = True
+    patience.start()
     try:
-        jax.distributed.initialize(**settings, **TIMEOUTS_S)
+        with warnings.catch_warnings():
+            # In a pod alone there is nobody to be found.
+            warnings.filterwarnings("ignore", message="Kubernetes environment detected")
+            jax.distributed.initialize(**settings, **TIMEOUTS_S)
         sys.excepthook = _leave_after_error
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise
     except jax.errors.JaxRuntimeError as error:
-        where = settings.get("coordinator_address") or environ.get(COORDINATOR, "process 0")
         raise UserError(
-            f"The other processes of this run were not reached through {where} within "
-            f"{TIMEOUTS_S['initialization_timeout']} s ({str(error).splitlines()[0]}): start as "
-            f"many as it was told of, and see that they reach this address."
+            f"The processes of this run did not meet at {where} ({str(error).splitlines()[0]}): "
+            "see that its port is free on the host of process 0, and that the others reach it."
         ) from error
-    except RuntimeError as error:
-        if "must be called before" not in str(error):
-            raise  # in a program that uses devices already, which is alone or has joined by itself
+    except (RuntimeError, ValueError) as error:
+        if not any(said in str(error) for said in _NO_PEERS):
+            raise
+    finally:
+        patience.cancel()
 
 
 def _named_peers(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,5 +1,11 @@
 """Which peers a process has, by its environment; and where compiled programs are kept."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -84,13 +90,57 @@ def test_variables_that_contradict_each_other(joined, changed, message):
     assert joined == []
 
 
-def test_peers_that_are_not_there(monkeypatch):
+def test_peers_that_do_not_meet(monkeypatch):
     def fail(**settings):
-        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nmore")
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"127.0.0.1:1234 within 300 s \(DEADLINE_EXCEEDED: Bar"):
+    with pytest.raises(UserError, match=r"127.0.0.1:1234 \(UNKNOWN: Failed to start RPC server\)"):
         runtime.join_peers(LOCAL)
+
+
+def test_a_long_wait_for_peers_is_said_once(monkeypatch, capfd):
+    monkeypatch.setattr(runtime, "_SAY_WAITING_AFTER_S", 0.05)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: time.sleep(0.5))
+    monkeypatch.setattr(runtime.sys, "excepthook", runtime.sys.excepthook)
+    runtime.join_peers(LOCAL)
+    assert capfd.readouterr().err.count("waiting for the other processes of this run at 127") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("coordinator_address should be defined."),
+        RuntimeError("Cannot automatically initialize distributed workload: pod x has none"),
+        RuntimeError("jax.distributed.initialize() must be called before any JAX calls"),
+    ],
+)
+def test_where_jax_finds_nobody_the_process_is_alone(monkeypatch, error):
+    def fail(**settings):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    runtime.join_peers({})
+    monkeypatch.setattr(runtime, "_NO_PEERS", ())
+    with pytest.raises(type(error)):
+        runtime.join_peers({})
+
+
+def test_a_process_that_fails_does_not_wait_for_its_peers():
+    """JAX would have it wait 300 s for all to end; the launcher then ends the other one."""
+    code = (
+        "import time, jax; from jaxblip.runtime import join_peers; join_peers();"
+        "time.sleep(600) if jax.process_index() == 0 else print('count', jax.process_count());"
+        "raise KeyError('broken')"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        ["launch/local.py", "--processes=2", "--", sys.executable, "-c", code],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "[1] count 2" in done.stdout and "[1] KeyError: 'broken'" in done.stdout
+    assert done.returncode == 1 and "process 1 ended with status 1" in done.stderr
 
 
 @pytest.fixture

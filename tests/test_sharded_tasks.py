@@ -46,6 +46,8 @@ def config(task):
         config.model.language_model.dropout = 0.1
     elif "hidden_dropout" in config.model.get("text", {}):
         config.model.text.hidden_dropout = 0.1
+    if "itc_block_size" in config.loss:
+        config.loss.itc_block_size = 4
     return config
 
 
@@ -87,7 +89,7 @@ def test_two_steps_are_those_of_one_device(task, mesh):
     # Each device has its part of all; the rest are biases, and norms, which are large beside such
     # narrow layers.
     _, fsdp, tensor = mesh
-    assert max(shares) <= (1 / (fsdp * tensor) + 0.11 if fsdp * tensor > 1 else 1)
+    assert max(shares) <= (1 / (fsdp * tensor) + 0.16 if fsdp * tensor > 1 else 1)
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)

@@ -40,7 +40,7 @@ def test_mesh_sizes_and_the_rest(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3}, r"mesh.data=3\) .*= 3 x 1 x 1: that is 3 of 8 devices, and 5 would stand idle"),
+        ({"data": 3}, r"mesh.data=3\) .*= 3 x 1 x 1: .* 3 of 8 devices, and 5 would stand idle"),
         ({"data": 16}, "16 x 1 x 1: that is 16 devices, and there are 8"),
         ({"data": 2, "tensor": 2}, "= 2 x 1 x 2: .* and 4 would stand idle"),
         ({"data": -1, "fsdp": 3}, "= the rest x 3 x 1: 8 devices are not a multiple of 3"),

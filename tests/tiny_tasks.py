@@ -92,6 +92,8 @@ def tiny_config(name: str) -> ConfigDict:
             config.model[part].max_positions = 16
     if "embed_dim" in config.model:
         config.model.embed_dim = 8
+    if "vocab_chunk" in config.loss:
+        config.loss.vocab_chunk = 4  # of the 6 positions
     for field, token_id in ("dec_token_id", DEC), ("enc_token_id", ENC):
         if field in config.model:
             config.model[field] = token_id

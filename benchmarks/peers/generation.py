@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from peers.torch_step import _stage2
+from peers.torch_step import stage2_model
 
 
 class TorchCaptions:
@@ -32,7 +32,7 @@ class TorchCaptions:
         torch.manual_seed(0)
         self._device = "cuda" if on_gpu else "cpu"
         dtype = torch.bfloat16 if on_gpu or bfloat16 else torch.float32
-        self._model = _stage2(config).to(self._device, dtype).eval()
+        self._model = stage2_model(config).to(self._device, dtype).eval()
         pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         self._pixels = pixels.to(self._device, dtype)
         queries = config.model.qformer.num_query_tokens

@@ -61,7 +61,7 @@ def _model(config: ConfigDict) -> torch.nn.Module:
         q = config.model.qformer
         return Stage1(_vision(config), _qformer(config), q.num_query_tokens, q.vocab_size)
     if config.task == "stage2":
-        return _stage2(config)
+        return stage2_model(config)
     return _clip(config)
 
 
@@ -84,7 +84,7 @@ def _qformer(config: ConfigDict) -> dict:
     )  # fmt: skip
 
 
-def _stage2(config: ConfigDict) -> torch.nn.Module:
+def stage2_model(config: ConfigDict) -> torch.nn.Module:
     lm = config.model.language_model
     if lm.architecture == "t5":
         text = dict(

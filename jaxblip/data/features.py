@@ -66,9 +66,7 @@ def is_random(data: ConfigDict) -> bool:
 
 
 def folder_of(folder: str, name: str) -> str:
-    """Where in the folder of a run the features of a source are; of the only one, whose name is "",
-    in the folder itself.
-    """
+    """Where in a run's folder the features of a source are; those of the only one are in it."""
     return os.path.join(folder, name) if name else folder
 
 
@@ -115,8 +113,9 @@ def _named(encoder: Mapping[str, str]) -> str:
 
 
 class FeatureSource:
-    """A `samples.Source` whose examples have "image_features" in place of "image": a sequence of
-    the image's views, of which each is read when it is asked for.
+    """A `samples.Source` whose examples have "image_features" in the place of "image".
+
+    These are a sequence of the image's views, of which each is read when it is asked for.
 
     Args:
       source: of the examples, whose images are not read.
@@ -162,8 +161,12 @@ class FeatureSource:
         return self._texts.place(index) if has_place else f"example {index}"
 
     def _open_images(self) -> np.ndarray:
+        path = os.path.join(self.folder, IMAGES)
         try:
-            return np.load(os.path.join(self.folder, IMAGES), mmap_mode="r", allow_pickle=False)
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            if images.shape != (3, self.header["images"]) or images.dtype != np.int64:
+                raise ValueError(f"{images.dtype} {images.shape}")
+            return images
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.folder} has no {IMAGES} that can be read ({storage.phrase(error)}): "
@@ -231,7 +234,8 @@ def read_header(folder: str) -> dict[str, Any]:
         )
     try:
         header = json.loads(storage.read_bytes(path))
-        sizes = [header["tokens"], header["width"], header["views"], *header["shard_lengths"]]
+        sizes = [header[name] for name in ("images", "tokens", "width", "views")]
+        sizes += header["shard_lengths"]
         header["fields"].items(), header["encoder"]["fingerprint"], header["examples"]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"sizes {sizes[:9]}")

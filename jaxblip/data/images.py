@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -61,22 +62,52 @@ def random_view(
     Raises:
       BadSample: as `decode_image` does; nothing is drawn then.
     """
-    if isinstance(image, bytes):
-        opened = open_image(image, max_pixels)
-        if is_plain_jpeg(opened):
-            before = rng.bit_generator.state
-            box = crop_box(opened.height, opened.width, rng, scale, aspect)
-            mirrored = rng.random() < flip_probability
-            shortest = min(box[2] - box[0], box[3] - box[1])
-            try:
-                pixels, divisor = decode_jpeg(image, shortest / (_MIN_REDUCTION * size_px))
-                box = tuple(edge / divisor for edge in box)
-                return resample(pixels, box, size_px, interpolation, mirrored)
-            except (ValueError, MemoryError):
-                rng.bit_generator.state = before
-        image = load_image(opened, conversions)
-    crop = random_resized_crop(image, rng, size_px, scale, aspect, interpolation)
-    return random_flip(crop, rng, flip_probability)
+    return open_view(
+        image, rng, size_px, scale, aspect, interpolation, flip_probability, max_pixels, conversions
+    )()
+
+
+def open_view(
+    image: bytes | Pixels,
+    rng: np.random.Generator,
+    size_px: int,
+    scale: tuple[float, float] = (0.5, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+    flip_probability: float = 0.5,
+    max_pixels: int = 100_000_000,
+    conversions: Counter | None = None,
+) -> Callable[[], Pixels]:
+    """`random_view` in two parts: what the header says and, mostly, the draws; then the rest.
+
+    The second part is nearly all of the work; the first one is Python, which is several times
+    slower right behind a decoder, and may be done for many images before.
+    """
+
+    def by_pillow(pixels: Pixels) -> Pixels:
+        crop = random_resized_crop(pixels, rng, size_px, scale, aspect, interpolation)
+        return random_flip(crop, rng, flip_probability)
+
+    if not isinstance(image, bytes):
+        return lambda: by_pillow(image)
+    opened = open_image(image, max_pixels)
+    if not is_plain_jpeg(opened):
+        return lambda: by_pillow(load_image(opened, conversions))
+    before = rng.bit_generator.state
+    box = crop_box(opened.height, opened.width, rng, scale, aspect)
+    mirrored = rng.random() < flip_probability
+    shortest = min(box[2] - box[0], box[3] - box[1])
+
+    def view() -> Pixels:
+        try:
+            pixels, divisor = decode_jpeg(image, shortest / (_MIN_REDUCTION * size_px))
+            edges = tuple(edge / divisor for edge in box)
+            return resample(pixels, edges, size_px, interpolation, mirrored)
+        except (ValueError, MemoryError):
+            rng.bit_generator.state = before
+            return by_pillow(load_image(opened, conversions))
+
+    return view
 
 
 def random_resized_crop(

@@ -86,14 +86,17 @@ class _Draw:
 
 
 class _Row:
-    """An example on its way into a batch; `arrays` is None where no good one was found."""
+    """An example on its way into a batch; `arrays` is None where no good one was found.
+
+    Its image goes to its place in the batch, `pixels`; `arrays` has the other fields.
+    """
 
     def __init__(self, part: Part, number: int, index: int, state: dict[str, Any]):
         self.part, self.number = part, number
         self._index, self._state = index, state
         self._rng = _generator(state)
         self.arrays: dict[str, np.ndarray] | None = None
-        self.pixels: np.ndarray | None = None  # of the image, in the batch
+        self.pixels: np.ndarray | None = None
         self.counts, self._conversions = Counter(), Counter()
         self.first_bad = ""
 
@@ -105,11 +108,16 @@ class _Row:
     def make_texts(self) -> None:
         self.arrays = self.part.preprocess.texts(self._example, self._rng)
 
-    def make_image(self) -> None:
+    def open_image(self) -> None:
         preprocess = self.part.preprocess
         if "image" in preprocess.fields:
             image = self._example["image"]
-            self.pixels[...] = preprocess.image(image, self._rng, self._conversions)
+            self._view = preprocess.open_image(image, self._rng, self._conversions)
+
+    def make_image(self) -> None:
+        preprocess = self.part.preprocess
+        if "image" in preprocess.fields:
+            self.pixels[...] = self._view()
         if "image_features" in preprocess.fields:
             views = self._example["image_features"]
             self.arrays["image_features"] = preprocess.image_features(views, self._rng)
@@ -147,7 +155,13 @@ class _Row:
         return f"{bad.detail}, of {source.place(self._index)}"
 
 
-_STAGES = tuple(zip(STAGES, (_Row.read, _Row.make_texts, _Row.make_image), strict=True))
+# Each with the one of STAGES that its time is counted in.
+_STAGES = (
+    ("reading", _Row.read),
+    ("texts", _Row.make_texts),
+    ("images", _Row.open_image),
+    ("images", _Row.make_image),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +193,8 @@ class _MakeBatch:
                 arrays["image"] = images
         # Stage by stage, because Python is three times slower right behind a decoder, which has
         # emptied the caches.
-        bad, seconds = set(), []
-        for _, stage in _STAGES:
+        bad, seconds = set(), dict.fromkeys(STAGES, 0.0)
+        for name, stage in _STAGES:
             begin = time.perf_counter()
             for place, row in enumerate(rows):
                 if place not in bad:
@@ -188,7 +202,7 @@ class _MakeBatch:
                         stage(row)
                     except BadSample:
                         bad.add(place)
-            seconds.append(time.perf_counter() - begin)
+            seconds[name] += time.perf_counter() - begin
         for place in bad:
             rows[place].find()
         counted = self._counted(rows)
@@ -196,7 +210,7 @@ class _MakeBatch:
             for field in fields:
                 if field != "image":
                     arrays[field] = np.stack([row.arrays[field] for row in rows])
-        counted["seconds"] = np.array(seconds)
+        counted["seconds"] = np.array(list(seconds.values()))
         return {"arrays": arrays, "shared_place": shared_place} | counted
 
     def _counted(self, rows: Sequence[_Row]) -> dict[str, Any]:
@@ -212,7 +226,7 @@ class _MakeBatch:
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:
-    bits = getattr(np.random, state["bit_generator"])(0)
+    bits = np.random.Philox(key=0)  # as Grain's; without a key it would make itself one, slowly
     bits.state = state
     return np.random.Generator(bits)
 
@@ -223,10 +237,11 @@ def _images_shape(parts: Sequence[Part], rows: int) -> tuple[int, int, int, int]
 
 
 def _begin_worker(worker_index: int, worker_count: int) -> None:
-    """Ends this worker when the process that started it dies, be it by SIGKILL, and not before.
+    """Notes which worker this is, and ends it when the process that started it dies, not before.
 
-    Grain's workers would wait for it for ever, and hold its terminal and its memory. And where a
-    signal goes to all processes (Slurm's SIGTERM, Ctrl-C), it is the parent that knows what to do.
+    That may be by SIGKILL: Grain's workers would wait for it for ever, and hold its terminal and
+    its memory. And where a signal goes to all processes (Slurm's SIGTERM, Ctrl-C), it is the parent
+    that knows what to do.
     """
     del worker_count
     global _worker_index

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,13 @@ class Preprocess:
         Raises:
           BadSample: the image cannot be decoded.
         """
-        image = images.random_view(
+        return self.open_image(image, rng, conversions)()
+
+    def open_image(
+        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
+    ) -> Callable[[], np.ndarray]:
+        """`image` in two parts, see `images.open_view`; both raise."""
+        view = images.open_view(
             image,
             rng,
             self.image_size_px,
@@ -153,7 +159,7 @@ class Preprocess:
             self.max_image_pixels,
             conversions,
         )
-        return images.randaugment(image, rng) if self.randaugment else image
+        return (lambda: images.randaugment(view(), rng)) if self.randaugment else view
 
     def image_features(
         self, views: Sequence[np.ndarray], rng: np.random.Generator

@@ -1,13 +1,13 @@
 """Antialiased resizing of a part of an image to a square, with Pillow's filters.
 
-A part between pixels is resized by `cykooz_resizer` (the crate fast_image_resize), in a seventh of
-the time that Pillow takes. It rounds as Pillow does, but for the last bit, and has the same pixels
-with any SIMD instructions.
+A part whose edges are edges of pixels is resized by `cykooz_resizer` (the crate fast_image_resize),
+in a sixth of the time that Pillow takes. It has Pillow's pixels but for the last bit, and the same
+ones with any SIMD instructions.
 
-What it has no word for are edges that go through pixels, as a JPEG has that is decoded at a reduced
-size. There, and where the package is missing, resizing along one axis is to multiply by a matrix
-that is zero off a narrow band, and the blocks of this band go through NumPy's matrix product: half
-of the time that Pillow takes. Weights are multiples of 2**-14, and what the first pass gives is
+It does not know edges that go through pixels, as a JPEG has that is decoded at a reduced size.
+There, and where the package is missing, resizing along one axis is to multiply by a matrix that is
+zero off a narrow band, and the blocks of this band go through NumPy's matrix product: a third of
+the time that Pillow takes. Weights are multiples of 2**-14, and what the first pass gives is
 rounded to whole numbers, so that float32 holds every sum exactly: the pixels are the same on every
 machine. They are Pillow's but for what it does between its two passes: it rounds, where we round
 with rows and columns exchanged, and it cuts off what overshoots 0 and 255, which shows at corners

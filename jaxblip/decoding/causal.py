@@ -100,6 +100,9 @@ class CausalDecoder:
     def _logits(self, hidden):
         if (rows := len(hidden)) < self._least_rows:
             hidden = jnp.repeat(hidden, self._least_rows, axis=0)
+        if self._head is None:
+            return self._apply(hidden, method="logits")[:rows]
+        # Transposed once for all steps, not at each.
         return token_logits(hidden, self._head)[:rows]
 
     def _read_by_layer(self, embeddings, positions, mask, caches, place):

@@ -35,9 +35,7 @@ class InstructToText(ImageToText):
         self._max_tokens = task.config.model.qformer.max_positions
         self._trained_on = inputs.instruction_encoder(task.config, qformer_tokenizer)
         # The task's `max_instruction_tokens` is about training; a user's words stay if they can.
-        self._reads = TextEncoder(
-            qformer_tokenizer, self._max_tokens, "qformer", truncation="left"
-        )
+        self._reads = TextEncoder(qformer_tokenizer, self._max_tokens, "qformer", truncation="left")
         rows = sharding.batch_sharding(mesh)
         self._query = jax.jit(self._queried, out_shardings=rows)
 

@@ -30,7 +30,7 @@ class Kept:
         if path is None:
             return
         key = json.loads(json.dumps(dict(key or {})))
-        lines = _complete_lines(path)
+        lines = complete_lines(path)
         if lines[:1] == [key]:
             for line in lines[1:]:
                 self._values.setdefault(line["part"], []).extend(line["values"])
@@ -71,8 +71,8 @@ class Kept:
             os.fsync(file.fileno())
 
 
-def _complete_lines(path: Path) -> list[Any]:
-    """The lines up to the one that was being written when the process died."""
+def complete_lines(path: Path) -> list[Any]:
+    """What the lines of a file hold, up to the first that is not whole; nothing without a file."""
     found = []
     if path.is_file():
         for line in path.read_bytes().split(b"\n")[:-1]:

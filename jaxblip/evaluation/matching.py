@@ -107,6 +107,7 @@ class RetrievalEvaluation(_Matching):
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
         kept = kept or Kept()
         features, images, ids, mask, words = self._embedded(params, frozen, self._captions)
+        tokens = tuple(map(self._map.whole_array, (ids, mask)))
         size = len(images) // self.config.eval.folds
         self.predictions, of_folds = [], []
         for fold, first in enumerate(range(0, len(images), size)):
@@ -117,8 +118,8 @@ class RetrievalEvaluation(_Matching):
                                         image_of_text)  # fmt: skip
             best, metrics = i2t.best[:, 0], recalls(i2t.ranks, t2i.ranks)
             if self._has_features:
-                scored = features[of_fold], ids[texts], mask[texts]
                 metrics = recalls(i2t.ranks, t2i.ranks, prefix="itc_")
+                scored = features[of_fold], texts, tokens
                 logits = self._logits(params, frozen, i2t, t2i, scored, kept, f"itm {fold}")
                 own_texts = image_of_text[i2t.best] == np.arange(size)[:, None]
                 own_images = t2i.best == image_of_text[:, None]
@@ -139,12 +140,11 @@ class RetrievalEvaluation(_Matching):
 
     def _logits(self, params, frozen, i2t, t2i, scored, kept, part) -> tuple[np.ndarray, ...]:
         """ITM logits of the candidates of both directions, each pair computed once."""
-        features, ids, mask = scored
-        count = len(ids)
+        features, texts, tokens = scored
+        count = len(texts)
         of_images = np.arange(len(i2t.best))[:, None] * count + i2t.best
-        of_texts = t2i.best * count + np.arange(count)[:, None]
+        of_texts = t2i.best.astype(np.int64) * count + np.arange(count)[:, None]
         pairs = np.unique(np.concatenate([of_images.ravel(), of_texts.ravel()]))
-        tokens = tuple(map(self._map.whole_array, (ids, mask)))
 
         def batches(start: int) -> Iterator[list[float]]:
             # A block of images at a time: their keys and values stay on the device for all pairs.
@@ -155,7 +155,7 @@ class RetrievalEvaluation(_Matching):
                     continue
                 rows = np.resize(np.arange(first, min(first + block, len(features))), block)
                 image = self._read(params, frozen, self._map.place(features, rows))
-                which = pairs[begin:end] // count - first, pairs[begin:end] % count
+                which = pairs[begin:end] // count - first, texts[pairs[begin:end] % count]
                 found = self._map(self.task.match, params, frozen, *which, whole=(image, *tokens))
                 yield found.astype(float).tolist()
 

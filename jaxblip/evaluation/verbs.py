@@ -17,6 +17,7 @@ from jaxblip.data.text import ANSWER_DECODING
 from jaxblip.errors import UnreadableImages, UserError
 from jaxblip.evaluation.base import Evaluation, Metrics
 from jaxblip.evaluation.evaluate import Evaluations, make_scorer, prefixed
+from jaxblip.evaluation.kept import complete_lines
 from jaxblip.evaluation.results import (
     HISTORY_FILE,
     detail_lines,
@@ -49,14 +50,13 @@ def follow(workdir: str, overrides: Sequence[str] = ()) -> dict[int, Metrics]:
     """Evaluates each checkpoint of a run that is still going on, until that of its last step.
 
     Beside what `evaluate` writes of the newest, `evaluations.jsonl` has a line of metrics for each;
-    the checkpoints in it are not evaluated again.
+    the checkpoints in it are not evaluated again, by whatever evaluations.
 
     Returns:
       Metrics by step.
     """
     history = Path(workdir) / HISTORY_FILE
-    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-    found = {line.pop("step"): line for line in map(json.loads, lines)}
+    found = {line.pop("step"): line for line in complete_lines(history)}
     while (Path(workdir) / CONFIG_FILE).is_file() and not saved_steps(workdir):
         time.sleep(_POLL_S)  # it has just begun
     run = load_run(workdir, overrides)

@@ -76,7 +76,7 @@ class EveryToken(nn.Module):
 
 
 class MlpConnector(nn.Module):
-    """The first of two linear maps, and GELU; `projection` is the second (arXiv 2310.03744, §3.2).
+    """The first of two linear maps, and GELU; `projection` is the second (arXiv 2310.03744).
 
     LLaVA leaves out the class token and norms nothing before; here all tokens are taken, behind
     `vision_norm`, as a Q-Former takes them.
@@ -123,7 +123,7 @@ class PerceiverBlock(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Learned latents that read an image (Flamingo, arXiv 2204.14198, §3.1 and Fig. 5).
+    """Learned latents that read an image (Flamingo, arXiv 2204.14198, A.1.1).
 
     Norms stand before attention and feed-forward network, and behind the last block, as in
     OpenFlamingo; the linear maps have biases, and the activation is GELU. A video's position in

@@ -57,8 +57,8 @@ class DecoderLanguageModel(nn.Module):
         x, cache = self.layers(*inputs, cache, cache_position)
         return self.final_norm(x), cache
 
-    def head(self) -> Float[Array, "width vocab"]:
-        """What gives the scores of tokens: here the word embeddings."""
+    def head(self) -> Float[Array, "width vocab"] | None:
+        """The word embeddings, where they give the scores of tokens as well; otherwise None."""
         return self.token_embedding.embedding.astype(self.dtype).T
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:

@@ -170,9 +170,7 @@ class LlamaLanguageModel(DecoderLanguageModel):
         return embeddings, mask, rotary_tables(self.config, positions)
 
     def head(self):
-        if self.config.tied_head:
-            return super().head()
-        return self.lm_head.variables["params"]["kernel"].astype(self.dtype)
+        return super().head() if self.config.tied_head else None
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token."""

@@ -160,10 +160,10 @@ def _adapted_class(kind: type[nn.Module], config: LoraConfig) -> type[nn.Module]
 
 def _add_product(config: LoraConfig, method: Any, args: tuple, kwargs: dict, context: Any) -> Any:
     y, module = method(*args, **kwargs), context.module
-    is_linear = isinstance(module, (nn.Dense, nn.DenseGeneral))
+    if not isinstance(module, (nn.Dense, nn.DenseGeneral)) or not module.has_variable("params", A):
+        return y
     # A method that calls that of its base class is intercepted twice: the outer one counts.
-    is_outer = context.orig_method.func is inspect.unwrap(type(module).__call__)
-    if not (is_linear and is_outer and module.has_variable("params", A)):
+    if context.orig_method.func is not inspect.unwrap(type(module).__call__):
         return y
     a, b = (module.get_variable("params", name).astype(y.dtype) for name in (A, B))
     (x,) = args

@@ -21,7 +21,7 @@ from jaxblip.planning.hardware import GIB
 from jaxblip.planning.operations import count_operations
 from jaxblip.planning.topologies import Topology
 from jaxblip.tasks import Task, make_task
-from jaxblip.tasks.parts import trains
+from jaxblip.tasks.parts import network_sections, trains
 from jaxblip.training.initialize import abstract_params
 from jaxblip.training.optimizer import learning_rate, make_optimizer
 from jaxblip.training.state import Params, TrainState, merge_params
@@ -290,9 +290,9 @@ def remat_sections(config: ConfigDict) -> list[str]:
     """The parts of the model through which gradients flow, which can be told to compute again."""
     return [
         name
-        for name, section in sorted(config.model.items())
+        for name, section in sorted(network_sections(config).items())
         # A frozen image encoder comes before all that trains: it has no backward pass.
-        if "remat" in getattr(section, "keys", tuple)()
+        if "remat" in section
         and not (name == "vision" and not trains(config, "vision"))
     ]
 

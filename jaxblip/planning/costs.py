@@ -85,7 +85,7 @@ def _operations(program: Program, name: str, each: Instruction) -> int:
         return _dot(program, name, each, each.attributes)
     if each.opcode == "convolution":
         return _convolution(program, name, each)
-    if each.opcode == "custom-call" and "$matmul" in each.attributes or "$gemm" in each.attributes:
+    if each.opcode == "custom-call" and re.search(r"\$(lt\$)?(matmul|gemm)", each.attributes):
         return _dot(program, name, each, each.attributes)
     if each.opcode == "custom-call" and "$conv" in each.attributes:
         return _convolution(program, name, each)
@@ -101,13 +101,18 @@ def _dot(program: Program, name: str, each: Instruction, attributes: str) -> int
 
 def _convolution(program: Program, name: str, each: Instruction) -> int:
     """Only products of what is there count, not those with padding and dilation."""
-    left, kernel = (program.shapes(name, operand)[0].sizes for operand in each.operands[:2])
+    first, second = (program.shapes(name, operand)[0].sizes for operand in each.operands[:2])
+    left, kernel, output = first, second, each.shapes[0].sizes
+    if "BackwardFilter" in each.attributes:  # cuDNN keeps the labels of the forward pass
+        kernel, output = output, second
+    elif "BackwardInput" in each.attributes:
+        left, output = output, first
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     window = _window(each.attributes)
     pairs = 1
     for axis in sorted(set(labels[1]) & set("0123456789")):
         of_kernel = kernel[labels[2].index(axis)]
-        of_output = each.shapes[0].sizes[labels[3].index(axis)]
+        of_output = output[labels[3].index(axis)]
         stride, low, input_dilation, kernel_dilation = (
             window[field][int(axis)] if field in window else default
             for field, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
@@ -116,8 +121,8 @@ def _convolution(program: Program, name: str, each: Instruction) -> int:
         place = place + kernel_dilation * np.arange(of_kernel)[None]
         inside = (place >= 0) & (place <= (left[labels[1].index(axis)] - 1) * input_dilation)
         pairs *= int((inside & (place % input_dilation == 0)).sum())
-    batch = each.shapes[0].sizes[labels[3].index("b")]
-    features = each.shapes[0].sizes[labels[3].index("f")]
+    batch = output[labels[3].index("b")]
+    features = output[labels[3].index("f")]
     groups = re.search(r"batch_group_count=(\d+)", each.attributes)
     per_group = kernel[labels[2].index("i")]  # features of a group already
     return 2 * batch * features * per_group * pairs // (int(groups[1]) if groups else 1)

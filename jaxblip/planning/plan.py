@@ -19,6 +19,7 @@ from jaxblip.planning import compilation, topologies
 from jaxblip.planning.compilation import AbstractStep, Compilation, Memory
 from jaxblip.planning.topologies import Topology
 from jaxblip.planning.worker import compile_apart
+from jaxblip.tasks.parts import network_sections, trains
 
 Compile = Callable[[ConfigDict, Topology], Compilation]
 
@@ -251,17 +252,19 @@ def _divisors(number: int) -> list[int]:
 def _activation_bytes(config: ConfigDict) -> float:
     """Bytes an example that `tensor` sums: twice a block, forwards and backwards."""
     total = 0.0
-    for name, section in config.model.items():
-        if not hasattr(section, "keys") or "num_layers" not in section:
+    sections = network_sections(config)
+    queries = sections.get("qformer", {}).get("num_query_tokens", 0)
+    queries += sections.get("perceiver", {}).get("num_latents", 0)
+    for name, section in sections.items():
+        if "num_layers" not in section:
             continue
-        length = config.data.max_text_tokens + config.model.get("qformer", {}).get(
-            "num_query_tokens", 0
-        )
+        length = config.data.max_text_tokens + queries
         if "patch_size_px" in section:
             length = (config.data.image_size_px // section.patch_size_px) ** 2 + 1
-        passes = 1 if name in config.frozen and name == "vision" else 2
+        passes = 1 if name == "vision" and not trains(config, name) else 2
         layers = section.num_layers + section.get("num_decoder_layers", 0)
-        total += 2 * 2 * 2 * passes * layers * length * section.width
+        width = section.width if "width" in section else config.model.vision.width
+        total += 2 * 2 * 2 * passes * layers * length * width
     return total
 
 

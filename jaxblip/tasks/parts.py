@@ -70,6 +70,16 @@ def has_qformer(config: ConfigDict) -> bool:
     return config.model.get("connector", QFORMER) == QFORMER
 
 
+def network_sections(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The sections of `config.model` whose networks there are: of the connectors, the chosen one's.
+
+    A perceiver has the width of the image encoder, and no field for it.
+    """
+    unused = {QFORMER, "perceiver"} - {config.model.get("connector", QFORMER)}
+    sections = ((name, section) for name, section in config.model.items() if name not in unused)
+    return {name: section for name, section in sections if isinstance(section, ConfigDict)}
+
+
 def make_connector(config: ConfigDict, dtype: jnp.dtype) -> Connector | None:
     """What stands in place of the Q-Former; None where that is there.
 

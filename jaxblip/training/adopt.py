@@ -45,6 +45,7 @@ CHOICES = (
     "attention_dropout",
     "initializer_range",
     "enc_token_id",
+    "connector",
 )
 # The section whose texts a task's tokenizer is for.
 TOKENIZER_OF = {
@@ -284,7 +285,11 @@ def _of_run(name: str) -> _Source:
         repr(name),
         name,
         task,
-        {section: fields for section, fields in model.items() if isinstance(fields, dict)},
+        {  # published weights have no other connector than a Q-Former
+            section: fields
+            for section, fields in model.items()
+            if isinstance(fields, dict) and section != "perceiver"
+        },
         {field: value for field, value in model.items() if not isinstance(value, dict)},
         ImageProcessing.of_run(config_from_dict(saved).data).data_fields(),
         task == "clip" and is_converted(name),

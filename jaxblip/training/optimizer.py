@@ -128,7 +128,7 @@ DIRECTIONS: dict[str, Callable] = {"adamw": _adam, "muon": _muon}
 def layer_factors(params: Any, decay: Mapping[str, float]) -> Any:
     """The same tree: what each parameter's learning rate is multiplied by.
 
-    Layer-wise decay as in BEiT (arXiv 2106.08254, §3.2): of a part with L layers and decay d,
+    Layer-wise decay as in BEiT (arXiv 2106.08254): of a part with L layers and decay d,
     layer i (from 0) has d ** (L - i), what stands before the layers d ** (L + 1), and what stands
     behind them 1, as every other part has. LAVIS, from which the fine-tuning of BLIP-2 has the
     formula, computes the factors and never applies them.

@@ -115,6 +115,13 @@ def _check_model(config: ConfigDict, mesh: Mesh) -> None:
     axes of the mesh that split nothing.
     """
     params = abstract_params(make_task(run_tokenizers.with_some_vocabulary(config)))
+    trainable, _ = params
+    if not trainable:
+        raise UserError(
+            f"config.frozen={','.join(config.frozen)} freezes the whole model, so that nothing is "
+            "left to train: take a part out of it, or name one in config.trainable."
+        )
+    jax.eval_shape(make_optimizer(config).init, trainable)  # checks layer-wise decay
     sharding.check_axes_are_used(params, mesh)
 
 

@@ -184,6 +184,30 @@ def test_what_is_wrong_with_a_damaged_jpeg_is_what_pillow_says():
     assert min(seen[reason] for reason in ("good", "truncated image", "corrupt image")) > 20
 
 
+def test_views_may_be_opened_first_and_made_later_in_any_order(monkeypatch):
+    """A plain JPEG, one that only Pillow decodes, another format, and pixels."""
+
+    def decode_jpeg(data, *args):
+        if data is odd:
+            raise ValueError
+        return images_decode_jpeg(data, *args)
+
+    images_decode_jpeg = images.decode_jpeg
+    monkeypatch.setattr(images, "decode_jpeg", decode_jpeg)
+    plain, odd = jpeg(texture(60, 80), quality=90), jpeg(texture(60, 80), quality=70)
+    png = io.BytesIO()
+    Image.fromarray(texture(60, 80)).save(png, "PNG")
+    sources = [plain, odd, png.getvalue(), texture(60, 80)]
+    for seed in range(4):
+        rngs = [np.random.default_rng(seed) for _ in sources]
+        views = [images.open_view(*each, 24) for each in zip(sources, rngs, strict=True)]
+        made = [view() for view in views[::-1]][::-1]
+        for source, rng, pixels in zip(sources, rngs, made, strict=True):
+            again = np.random.default_rng(seed)
+            np.testing.assert_array_equal(pixels, images.random_view(source, again, 24))
+            assert rng.random() == again.random()
+
+
 def test_a_gigantic_jpeg_is_refused_by_its_header():
     with pytest.raises(BadSample) as caught:
         images.random_view(jpeg(texture(50, 60)), np.random.default_rng(0), 24, max_pixels=2999)

@@ -161,9 +161,7 @@ def test_padding_and_other_rows_do_not_matter(num_beams):
 def test_beams_share_the_encoder():
     example, beams = Example(), 5
     decoder = EncoderDecoder(example.model, example.params)
-    shapes = jax.eval_shape(
-        lambda: decoder.prefill(example.embeddings, example.valid, NEW, beams)
-    )
+    shapes = jax.eval_shape(lambda: decoder.prefill(example.embeddings, example.valid, NEW, beams))
     c, batch = example.model.config, len(LENGTHS)
     logits, state = shapes
     assert logits.shape == (batch, c.vocab_size)

@@ -31,8 +31,8 @@ def test_what_was_made_is_not_made_again(tmp_path, dies_after):
     path, calls = tmp_path / "folder" / "kept.jsonl", []
     with pytest.raises(Killed):
         Kept(path, {"step": 3}).collect("texts", made(calls, dies_after))
-    with path.open("ab") as file:  # it was writing a line
-        file.write(b'{"part": "texts", "val')
+    with path.open("ab") as file:  # it was writing, and then the power failed
+        file.write(b'\0\0\n{"part": "texts", "values": [9]}\n{"part": "texts", "val')
     assert Kept(path, {"step": 3}).collect("texts", made(calls)) == [1, 2, 3, 4, 5]
     assert calls == [0, 2 * dies_after]
     kept = Kept(path, {"step": 3})

@@ -92,6 +92,21 @@ def test_predictions_that_do_not_fit_are_one_sentence(folder, message, capsys):
     assert message in said and said.count("\n") == 1 and said.startswith("jaxblip: error: ")
 
 
+@pytest.mark.parametrize("lines, status, message", [
+    ([], 2, "bad.jsonl is empty"),
+    ([{"image": "a.png", "question": "what?", "answer": "cat"}, {"image": "a.png", "answer": "a"}],
+     2, "bad.jsonl:2: no \"question\""),
+    ([{"image": "a.png", "question": "what?", "answers": ["..."]}], 1,
+     "none of 1 examples can be evaluated: empty caption 1"),
+    ([{"image": "a.png", "caption": "a cat"}], 2, "have no instruction, which data.prompt="),
+])  # fmt: skip
+def test_a_source_that_cannot_be_evaluated_is_one_sentence(folder, lines, status, message, capsys):
+    (folder / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert score(folder, answers("cat"), source="bad.jsonl") == status
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--step=3", "--follow", "--workdir=x"], "--step and --follow exclude each other"),
     ([], "needs --workdir=DIR of a training, or else --predictions"),

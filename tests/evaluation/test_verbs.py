@@ -153,8 +153,12 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
 def check_several_evaluations(workdir, data, rows, tmp_path):
     """Beside each other, killed between two batches, and of each checkpoint of the run."""
     (tmp_path / "answers.txt").write_text("no\nso\nIt is 90.\n")
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines += [line | {"question": "Who?"} for line in lines[::2]]  # 12, which are two batches
+    data = tmp_path / "more.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     overrides = [f"config.eval.set.{setting}" for setting in (
-        f"open.source={data}", "open.kind=vqa", "open.batch_size=4",
+        f"open.source={data}", "open.kind=vqa",
         "ranked.kind=vqa", f"ranked.answers={tmp_path / 'answers.txt'}", "words.kind=loss",
     )]  # fmt: skip
     batches, made = ImageToText.generate_batches, []
@@ -172,7 +176,7 @@ def check_several_evaluations(workdir, data, rows, tmp_path):
             evaluate(workdir, overrides)
         found = follow(workdir, overrides)  # goes on where that one was
     (metrics,) = found.values()
-    assert [len(batch) for batch in made] == [4, 4, 4]
+    assert [len(batch) for batch in made] == [8, 4, 4]
     assert {"open/vqa_accuracy", "ranked/vqa_accuracy", "words/perplexity"} <= metrics.keys()
     folder = Path(workdir)
     results = json.loads((folder / "results.json").read_text())["evaluations"]
@@ -180,8 +184,8 @@ def check_several_evaluations(workdir, data, rows, tmp_path):
     assert results["open"]["vqa_accuracy"] == metrics["open/vqa_accuracy"]
     assert "by answer type" in results["ranked"]["details"]
     said = json.loads((folder / "submission-open.json").read_text())
-    assert [entry["answer"] for entry in said] == [row["caption"] for row in rows]
-    assert [entry["question_id"] for entry in said] == list(range(8))
+    assert [entry["answer"] for entry in said[:8]] == [row["caption"] for row in rows]
+    assert [entry["question_id"] for entry in said] == list(range(12))
     said = json.loads((folder / "submission-ranked.json").read_text())
     assert {entry["answer"] for entry in said} <= {"no", "so", "It is 90."}
     assert "<h3>by answer type</h3>" in (folder / "results-open.html").read_text()

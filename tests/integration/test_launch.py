@@ -1,4 +1,4 @@
-"""One run on two processes of four devices each, started by `launch/local.py`, and on one of eight."""
+"""One run on two processes of four devices, started by `launch/local.py`, and on one of eight."""
 
 import json
 import os

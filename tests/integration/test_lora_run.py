@@ -34,9 +34,12 @@ LORA = [
     "config.lora.parts=language_model,vision",
     "config.optimizer.layer_decay.vision=0.5",
 ]
+# Of the Q-Former, its queries alone train.
+FROZEN = ["config.frozen=vision,qformer,language_model"]
+TRAINED = [*LORA, *FROZEN, "config.trainable=qformer/query_tokens"]
 
 
-def config_from(source, overrides=LORA):
+def config_from(source, overrides):
     config = default_config("stage2")
     config.steps, config.batch_size, config.optimizer.warmup_steps = 2, 8, 0
     config.compute_dtype = config.frozen_dtype = "float32"
@@ -57,7 +60,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", fast_jit)
         publish(folder / "hf", "Blip2ForConditionalGeneration")
-        train(config_from(folder / "hf"), str(folder / "run"))
+        train(config_from(folder / "hf", TRAINED), str(folder / "run"))
     return folder
 
 
@@ -81,7 +84,7 @@ def test_of_adapted_parts_the_checkpoint_has_the_factors_alone(folder):
 def test_a_resumed_run_has_the_same_bits(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/2")
-    train(config_from(folder / "hf"), str(tmp_path / "run"))
+    train(config_from(folder / "hf", TRAINED), str(tmp_path / "run"))
     expected, resumed = (flat(load_params(root / "run")) for root in (folder, tmp_path))
     assert expected.keys() == resumed.keys()
     for path, leaf in expected.items():
@@ -95,7 +98,8 @@ def test_transformers_computes_the_same_from_the_export(folder, tmp_path):
     before, after = read_all(folder / "hf"), read_all(tmp_path / "out")
     changed = "language_model.model.decoder.layers.0.self_attn.q_proj.weight"
     kept = "language_model.model.decoder.layers.0.self_attn.k_proj.weight"
-    assert not torch.equal(before[changed], after[changed]) and torch.equal(before[kept], after[kept])
+    assert not torch.equal(before[changed], after[changed])
+    assert torch.equal(before[kept], after[kept])
 
     reference = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     run = load_run(str(folder / "run"))
@@ -119,56 +123,38 @@ def test_transformers_computes_the_same_from_the_export(folder, tmp_path):
 
     # What is generated is generated with the factors: the run and its export say the same.
     convert(str(tmp_path / "out"), str(tmp_path / "converted"))
-    asked = dict(max_new_tokens=5, min_new_tokens=5, num_beams=2)
-    texts, of_export, of_base = (
+    asked = dict(max_new_tokens=5, min_new_tokens=5, num_beams=1)
+    texts, of_export = (
         load(str(path)).caption(list(images), "w1", **asked)
-        for path in (folder / "run", tmp_path / "converted", _converted(folder, tmp_path))
+        for path in (folder / "run", tmp_path / "converted")
     )
-    assert texts == of_export != of_base
+    assert texts == of_export
 
 
-def _converted(folder, tmp_path):
-    convert(str(folder / "hf"), str(tmp_path / "base"))
-    return tmp_path / "base"
-
-
-def test_a_run_starts_from_another_and_its_factors(folder, tmp_path):
-    setup = prepare(config_from(folder / "run"), str(tmp_path / "next"))
-    start, saved = flat(initial_trainable(setup.task, setup.mesh)), flat(load_params(folder / "run"))
-    assert start.keys() == saved.keys()
-    for path, leaf in saved.items():
-        np.testing.assert_array_equal(start[path], leaf)
+def test_a_run_starts_from_what_another_trained_and_from_where_that_had_the_rest(folder, tmp_path):
+    setup = prepare(config_from(folder / "run", LORA), str(tmp_path / "next"))
+    start = flat(initial_trainable(setup.task, setup.mesh))
+    saved = flat(load_params(folder / "run"))
+    base = prepare(config_from(folder / "hf", LORA), str(tmp_path / "base"))
+    base = flat(initial_trainable(base.task, base.mesh))
+    assert start.keys() == base.keys() > saved.keys()
+    assert (saved["qformer/query_tokens"] != base["qformer/query_tokens"]).any()
+    for path, leaf in start.items():
+        np.testing.assert_array_equal(leaf, saved.get(path, base[path]))
     frozen, references = frozen_params(setup.task, setup.mesh)
     assert references["language_model"]["source"] == str(folder / "hf")
     assert not any(map(is_factor, flat(frozen)))
 
-    # Without factors of its own, or with others, a run cannot count them.
-    for overrides in ([], [*LORA, "config.lora.alpha=7"]):
-        setup = prepare(config_from(folder / "run", overrides), str(tmp_path / "other"))
-        with pytest.raises(UserError, match="has trained low-rank factors for .*alpha=6.0"):
-            frozen_params(setup.task, setup.mesh)
+    # The Q-Former frozen as a whole: it is named by the run from which both are found.
+    setup = prepare(config_from(folder / "run", [*LORA, *FROZEN]), str(tmp_path / "frozen"))
+    frozen, references = frozen_params(setup.task, setup.mesh, ["qformer"])
+    assert references["qformer"]["source"] == str(folder / "run")
+    for path, leaf in flat({"qformer": frozen["qformer"]}).items():
+        np.testing.assert_array_equal(leaf, saved.get(path, base[path]))
 
 
-def test_a_part_that_was_frozen_in_part_is_found_in_both_places(folder, tmp_path):
-    """The query tokens in the checkpoint, the rest of the Q-Former where that run had it from."""
-    exceptions = ["config.frozen=vision,qformer,language_model", "config.steps=1"]
-    exceptions += ["config.trainable=qformer/query_tokens"]
-    train(config_from(folder / "hf", exceptions), str(tmp_path / "run"))
-    trained = flat(load_params(tmp_path / "run"))
-    setup = prepare(config_from(tmp_path / "run", []), str(tmp_path / "next"))
-    start = flat(initial_trainable(setup.task, setup.mesh))
-    np.testing.assert_array_equal(start["qformer/query_tokens"], trained["qformer/query_tokens"])
-    of_base = prepare(config_from(folder / "hf", []), str(tmp_path / "base"))
-    base = flat(initial_trainable(of_base.task, of_base.mesh))
-    assert (base["qformer/query_tokens"] != start["qformer/query_tokens"]).any()
-    for path, leaf in base.items():
-        if path.startswith("qformer/") and path != "qformer/query_tokens":
-            np.testing.assert_array_equal(start[path], leaf)
-
-    # Frozen again, as a whole: it is named by the run from which both are found.
-    all_frozen = ["config.frozen=vision,qformer,language_model"]
-    setup = prepare(config_from(tmp_path / "run", all_frozen), str(tmp_path / "third"))
-    frozen, references = frozen_params(setup.task, setup.mesh)
-    assert references["qformer"]["source"] == str(tmp_path / "run")
-    tokens = frozen["qformer"]["query_tokens"]
-    np.testing.assert_array_equal(tokens, trained["qformer/query_tokens"])
+@pytest.mark.parametrize("overrides", [[], [*LORA, "config.lora.alpha=7"]])
+def test_factors_that_would_not_count_are_refused(folder, tmp_path, overrides):
+    setup = prepare(config_from(folder / "run", overrides), str(tmp_path / "other"))
+    with pytest.raises(UserError, match="has trained low-rank factors for .*alpha=6.0"):
+        frozen_params(setup.task, setup.mesh)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -33,12 +34,26 @@ FIELDS = {
 }
 
 
-def arguments(workdir):
+def train(workdir):
     overrides = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    return ["train", "--config=configs/demo/vision.py", f"--workdir={workdir}", *overrides]
+    return main(["train", "--config=configs/demo/vision.py", f"--workdir={workdir}", *overrides])
 
 
-def record(monkeypatch, owner, name, events, describe):
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    """A user's cache folder, of which JAX knows nothing yet."""
+    before = jax.config.jax_compilation_cache_dir
+    folder = tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def record(patch, owner, name, events, describe):
     """Adds `describe(*args)` to the events whenever this method, function or property is used."""
     original = getattr(owner, name)
     called = original.fget if isinstance(original, property) else original
@@ -48,11 +63,15 @@ def record(monkeypatch, owner, name, events, describe):
         return called(*args, **kwargs)
 
     recorded = property(recorded) if isinstance(original, property) else recorded
-    monkeypatch.setattr(owner, name, recorded)
+    patch.setattr(owner, name, recorded)
 
 
-def test_between_logs_nothing_is_fetched_and_the_device_has_its_next_step(tmp_path, monkeypatch):
-    events, steps = [], []
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_folder):
+    """A run whose steps may move nothing unasked, and all that it waited for or fetched."""
+    workdir, events, steps, batches = tmp_path_factory.mktemp("runs") / "first", [], [], []
+    guard = contextlib.ExitStack()
+    put_batch, save = sharding.put_batch, loop.Checkpoints.save
 
     def step(monitor, number, metrics):
         steps.append(metrics)
@@ -62,19 +81,35 @@ def test_between_logs_nothing_is_fetched_and_the_device_has_its_next_step(tmp_pa
         behind = [i for i, metrics in enumerate(reversed(steps)) if metrics is waited_for]
         return f"wait-{behind[0]}-behind" if behind else "wait"
 
-    record(monkeypatch, Monitor, "after_step", events, step)
-    record(monkeypatch, Monitor, "log", events, lambda *_: "log")
-    record(monkeypatch, jax, "block_until_ready", events, wait)
-    record(monkeypatch, ArrayImpl, "block_until_ready", events, wait)
-    # Every way to a value on the host (`int`, `float`, `np.asarray`, `device_get`, `print`) goes
-    # through one of these.
-    record(monkeypatch, ArrayImpl, "_value", events, lambda *_: "fetch")
-    record(monkeypatch, jax, "device_get", events, lambda *_: "fetch")
-    assert main(arguments(tmp_path / "run")) == 0
+    def guarded_from_here_on(batch, mesh):
+        if not batches:
+            guard.enter_context(jax.transfer_guard("disallow"))
+        batches.append(batch)
+        return put_batch(batch, mesh)
 
-    first = events.index("step")
-    last = len(events) - events[::-1].index("log")
-    in_loop = " ".join(events[first:last])
+    def unguarded_save(*args):  # behind the steps
+        guard.close()
+        return save(*args)
+
+    with pytest.MonkeyPatch.context() as patch, guard:
+        record(patch, Monitor, "after_step", events, step)
+        record(patch, Monitor, "log", events, lambda *_: "log")
+        record(patch, jax, "block_until_ready", events, wait)
+        record(patch, ArrayImpl, "block_until_ready", events, wait)
+        # Every way to a value on the host (`int`, `float`, `np.asarray`, `device_get`, `print`)
+        # goes through one of these.
+        record(patch, ArrayImpl, "_value", events, lambda *_: "fetch")
+        record(patch, jax, "device_get", events, lambda *_: "fetch")
+        patch.setattr(loop.sharding, "put_batch", guarded_from_here_on)
+        patch.setattr(loop.Checkpoints, "save", unguarded_save)
+        assert train(workdir) == 0
+    return SimpleNamespace(workdir=workdir, events=events, batches=batches)
+
+
+def test_between_logs_nothing_is_fetched_and_the_device_has_its_next_step(run):
+    first = run.events.index("step")
+    last = len(run.events) - run.events[::-1].index("log")
+    in_loop = " ".join(run.events[first:last])
     log = r"log ((fetch|wait) )+"
     # The first step is waited for, since its compilation is no part of the speed.
     assert re.fullmatch(
@@ -84,51 +119,23 @@ def test_between_logs_nothing_is_fetched_and_the_device_has_its_next_step(tmp_pa
     ), in_loop
 
 
-def test_a_step_moves_nothing_but_its_batch_and_that_explicitly(tmp_path, monkeypatch):
-    """Whatever moves without being asked for, such as a number that a step is given, is an error."""
-    guard = contextlib.ExitStack()
-    guarded = []
-
-    def put_batch(batch, mesh):
-        if not guarded:
-            guard.enter_context(jax.transfer_guard("disallow"))
-        guarded.append(len(batch))
-        return original(batch, mesh)
-
-    original = sharding.put_batch
-    monkeypatch.setattr(loop.sharding, "put_batch", put_batch)
-    monkeypatch.setattr(loop.Checkpoints, "save", lambda *args: guard.close())  # behind the steps
-    with guard:
-        assert main(arguments(tmp_path / "run")) == 0
-        assert len(guarded) == 7
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [3, 6, 7]
-
-
-def test_the_guard_sees_what_it_should():
-    add = jax.jit(lambda x, y: x + y)
-    one = jax.device_put(np.float32(1))
+def test_a_step_moves_nothing_but_its_batch_and_that_explicitly(run):
+    """Whatever moves without being asked for, such as a number given to a step, is an error."""
+    assert len(run.batches) == 7
+    assert [line["step"] for line in read_metrics(run.workdir)] == [3, 6, 7]
+    add, one = jax.jit(lambda x, y: x + y), jax.device_put(np.float32(1))
     with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="isallow"):
         add(one, 2.0)
 
 
-def test_what_one_run_compiled_the_next_one_finds(tmp_path, monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+def test_what_one_run_compiled_the_next_one_finds(run, cache_folder, tmp_path):
+    assert list((cache_folder / "jaxblip" / "compilations").glob("jit_step-*"))
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
-    try:
-        assert main(arguments(tmp_path / "first")) == 0
-        assert list((tmp_path / "cache" / "jaxblip" / "compilations").glob("jit_step-*"))
-        of_first = len(events)
-        assert main(arguments(tmp_path / "second")) == 0
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
-    counts = Counter(events[of_first:])
+    assert train(tmp_path / "second") == 0
+    counts = Counter(events)
     assert counts["/jax/compilation_cache/cache_hits"] > 0
     assert counts["/jax/compilation_cache/cache_misses"] == 0
-    lines = [read_metrics(tmp_path / name) for name in ("first", "second")]
+    lines = [read_metrics(workdir) for workdir in (run.workdir, tmp_path / "second")]
     assert [line["train/loss"] for line in lines[0]] == [line["train/loss"] for line in lines[1]]
     assert not list((tmp_path / "second").rglob("*-cache"))

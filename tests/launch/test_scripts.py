@@ -1,4 +1,4 @@
-"""`launch/slurm.sbatch` and `launch/tpu_vm.sh`, with commands of Slurm and gcloud that only pretend."""
+"""`launch/slurm.sbatch` and `launch/tpu_vm.sh`, with commands of Slurm and gcloud that pretend."""
 
 import os
 import shlex

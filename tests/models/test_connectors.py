@@ -8,7 +8,7 @@ import pytest
 import torch
 from published_folders import tokenizer_of
 from tiny_checkpoints import VOCAB as WORDS
-from tiny_tasks import VISION_WIDTH, WIDTH, fast_jit, random_batch, random_params, run, tiny_config
+from tiny_tasks import VISION_WIDTH, WIDTH, fast_jit, random_params, run, tiny_config
 
 from jaxblip.decoding.image_to_text import ImageToText
 from jaxblip.decoding.make import make_image_to_text

@@ -147,3 +147,28 @@ def test_shapes():
     assert [shape.memory_space for shape in shapes] == [1, 0, 0, 0, 0]
     assert hlo.parts_of_tuple(text)[1] == "(pred[4], bf16[])"
     assert math.prod(shapes[0].sizes) == 6
+
+
+CUDNN = """\
+ENTRY %main (images: f32[2,8,8,3], kernel: f32[4,4,3,10]) -> f32[2,2,2,10] {{
+  %images = f32[2,8,8,3]{{3,2,1,0}} parameter(0)
+  %kernel = f32[4,4,3,10]{{3,2,1,0}} parameter(1)
+  %output = f32[2,2,2,10]{{3,2,1,0}} parameter(2)
+  ROOT %call = ({result}, u8[99]{{0}}) custom-call({operands}), window={{size=4x4 stride=4x4}}, \
+dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$conv{direction}"
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("direction", "operands", "result"),
+    [
+        ("Forward", "%images, %kernel", "f32[2,2,2,10]{3,2,1,0}"),
+        ("BackwardFilter", "%images, %output", "f32[4,4,3,10]{3,2,1,0}"),
+        ("BackwardInput", "%output, %kernel", "f32[2,8,8,3]{3,2,1,0}"),
+    ],
+)
+def test_convolutions_of_cudnn(direction, operands, result):
+    """Patches of 4 x 4: each direction has as many products."""
+    text = CUDNN.format(direction=direction, operands=operands, result=result)
+    assert costs(text, num_devices=1).operations == 2 * (2 * 2 * 2) * 10 * (4 * 4 * 3)

@@ -1,6 +1,7 @@
 """The planner: a small config compiled for real, and its search on compilations made up."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 
@@ -11,7 +12,7 @@ from tiny_tasks import shallow, tiny_config
 from jaxblip import cli, sharding
 from jaxblip.config import default_config
 from jaxblip.errors import UserError
-from jaxblip.planning import compilation, hardware, report, shortage, topologies, worker
+from jaxblip.planning import compilation, hardware, report, topologies, worker
 from jaxblip.planning.compilation import AbstractStep, Compilation, with_full_vocabulary
 from jaxblip.planning.plan import mesh_of, plan
 
@@ -80,10 +81,15 @@ def test_the_same_in_a_process_of_its_own_for_a_tpu():
 # The search
 
 
+@functools.cache
+def parts():
+    return AbstractStep.of(small())
+
+
 def made_up(config, topology, *, temporary_gib, network_s=0.0):
     """A compilation without a compiler: temporaries by the row, less with rematerialisation."""
     sizes = sharding.mesh_sizes(config.mesh, topology.num_chips)
-    memory = AbstractStep.of(config).memory(sizes)
+    memory = parts().memory(sizes)
     remat = compilation.remat_of(config)
     rows = config.batch_size * sizes["tensor"] / topology.num_chips
     memory = dataclasses.replace(
@@ -295,24 +301,3 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
 
 def test_a_mesh_in_words():
     assert mesh_of("fsdp=16,data=-1") == {"data": -1, "fsdp": 16, "tensor": 1}
-
-
-# Out of memory at run time
-
-
-def test_an_allocators_error_becomes_a_breakdown(monkeypatch):
-    config = small(data=1, fsdp=1, tensor=-1)
-    needed = compilation.compile_step(config, LOCAL).memory
-    monkeypatch.setattr(topologies, "capacity", lambda topology: needed.total - 1)
-    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    with pytest.raises(UserError) as found:
-        with shortage.explained_shortage(config):
-            raise error
-    first, breakdown, nearest, *_ = str(found.value).splitlines()
-    assert "does not fit the memory of the 8 device(s) at batch_size=8" in first
-    assert "GiB a chip: parameters that train" in breakdown
-    assert nearest.startswith("This fits: --config.")
-    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        with shortage.explained_shortage(config):
-            raise other

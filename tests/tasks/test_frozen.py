@@ -37,10 +37,11 @@ def product_shapes(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
-def trained_kernels(name, frozen):
+def trained_kernels(name, frozen, **lora):
     """Which of the parts' feed-forward kernels a step computes a gradient of."""
     config = shallow(tiny_config(name))
     config.frozen = frozen
+    config.lora.update(lora)
     step, state, frozen_params, _, task = start(config, {})
     jaxpr = jax.make_jaxpr(step)(state, frozen_params, random_batch(task))
     shapes = product_shapes(jaxpr.jaxpr)
@@ -70,6 +71,12 @@ def test_no_gradient_of_a_frozen_part_is_computed(name, frozen):
         parts.add("language_model")  # the text tower, which is as wide
     assert trained_kernels(name, frozen) == parts - set(frozen)
     assert trained_kernels(name, ()) == parts
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage2_llama", "stage2_t5"])
+def test_beside_low_rank_factors_no_gradient_of_a_kernel_is_computed(name):
+    parts, targets = ("vision", "language_model"), ("up", "down")
+    assert trained_kernels(name, parts, rank=3, targets=targets, parts=parts) == set()
 
 
 def bits(tree):

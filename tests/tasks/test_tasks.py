@@ -12,6 +12,7 @@ import pytest
 from tiny_tasks import ROWS, TASK_NAMES, TEXT, fast_jit, made, shallow, tiny_config
 
 from jaxblip.errors import UserError
+from jaxblip.models import kernels
 from jaxblip.tasks import make_task
 
 FIELDS = {
@@ -154,3 +155,36 @@ def test_the_instruction_must_leave_room_for_an_output():
     config.data.max_instruction_tokens = 17
     with pytest.raises(UserError, match="max_instruction_tokens=17 is more.*qformer.*=16"):
         make_task(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "expected"),
+    [
+        ("stage1", "attention", "flash", "attention='flash' is none of auto, xla, cudnn, pallas"),
+        ("clip", "loss.itc_block_size", -1, "loss.itc_block_size=-1 must be a number of texts"),
+        ("stage2", "loss.vocab_chunk", -2, "loss.vocab_chunk=-2 must be a number of tokens"),
+        ("clip", "model.vision.remat", "True", "remat='True' is not known; use one of none, full"),
+    ],
+)
+def test_an_option_of_speed_or_memory_that_is_not_known(name, field, value, expected):
+    config = tiny_config(name)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        make_task(config)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["clip", "blip_caption", "stage2", "stage2_llama", "stage2_t5"])
+def test_the_kernel_of_attention_reaches_every_part(name, monkeypatch):
+    wanted = []
+
+    def choose(kernel, *args, **options):
+        wanted.append(kernel)
+        return "xla"
+
+    monkeypatch.setattr(kernels, "choose_kernel", choose)
+    config = tiny_config(name)
+    config.attention = "cudnn"
+    task = make_task(config)
+    jax.eval_shape(task.init, jax.random.key(0))
+    assert len(wanted) >= 2 and set(wanted) == {"cudnn"}

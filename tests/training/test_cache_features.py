@@ -37,7 +37,7 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config(arg or "stage1")
     config.compute_dtype = "bfloat16"
-    config.batch_size, config.steps, config.log_every_steps = 8, 3, 1
+    config.batch_size, config.steps, config.log_every_steps = 8, 2, 1
     config.optimizer.warmup_steps = 1
     config.init.vision = "random"
     if "language_model" in config.model:
@@ -86,7 +86,7 @@ def cache(folder, to, *arguments, task="stage1"):
 
 
 def train(folder, workdir, *arguments):
-    config = f"--config={folder / 'config.py'}"
+    config = f"--config={folder / 'config.py'}:stage2"  # which compiles in less time than stage 1
     return main(["train", config, f"--workdir={workdir}", *overrides_of(folder, *arguments)])
 
 
@@ -174,13 +174,13 @@ def test_training_has_the_losses_of_the_images(folder, cached, tmp_path, capsys)
          for line in read_metrics(tmp_path / name)]
         for name in ("images", "features")
     )  # fmt: skip
-    assert len(found) == len(wanted) == 3 and "train/itm" in found[0]
+    assert len(found) == len(wanted) == 2 and "train/lm" in found[0]
     for line, other in zip(found, wanted):
         # Not to the bit: the compiler rounds the rest of the step in other places.
         assert line == pytest.approx(other, rel=1e-3)
     frozen = [int(re.search(r"train, ([\d,]+) are", out)[1].replace(",", ""))
               for out in (of_images, of_features)]  # fmt: skip
-    assert frozen[0] > 1000 and frozen[1] == 0  # the encoder is not in memory any more
+    assert frozen[0] > frozen[1] > 0  # the encoder is not in memory any more
 
 
 def test_other_weights_of_the_encoder(folder, cached, tmp_path, capsys):
@@ -267,6 +267,9 @@ def test_damaged_shards_cost_what_they_damage(folder, cached, tmp_path):
     assert skipped["unreadable row"] > 1
     with pytest.raises(BadSample, match="unreadable row"):
         each.source[0]["image_features"][0]
+    np.save(made / "images.npy", np.zeros((3, 4)))
+    with pytest.raises(UserError, match=r"images.npy that can be read \(float64 \(3, 4\)\): write"):
+        features.FeatureSource(each.source, str(made))
     first.unlink(), third.unlink()
     with pytest.raises(UserError, match="3 of 3 shards are bad.*write them again with"):
         features.with_features(config, run_sources.open_train_sources(config))
