@@ -272,14 +272,14 @@ def _measured(found: Compilation, topology: Topology, mesh: Mesh, compiled: Any)
 
 
 def _too_large(found: Compilation, message: str) -> Compilation:
-    """What TPU's compiler says of a program that does not fit: how much memory it wants."""
+    """What TPU's compiler says of a program that does not fit: how much memory it wants in all.
+
+    It calls that the memory for temporaries, but arguments are among it.
+    """
     needed = re.search(r"memory required[^(]*\(([\d.]+)([MG])\)", message)
-    temporary = 0
-    if needed:
-        temporary = int(float(needed[1]) * (GIB if needed[2] == "G" else 1 << 20))
-        if "temporaries" not in needed[0]:
-            temporary = max(0, temporary - found.memory.total)
-    memory = dataclasses.replace(found.memory, temporary=temporary)
+    total = float(needed[1]) * (GIB if needed[2] == "G" else 1 << 20) if needed else 0
+    memory = found.memory
+    memory = dataclasses.replace(memory, temporary=max(0, int(total) - memory.total))
     return dataclasses.replace(found, memory=memory, problem="does not fit")
 
 

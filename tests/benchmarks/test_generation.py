@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 
@@ -17,7 +18,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """What a benchmark prints, line by line, and its figures."""
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])  # what a user's CPU is
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def run(script, *arguments):
