@@ -1,4 +1,4 @@
-"""The benchmarks of models run where no library for data, checkpoints or tokenizers is installed."""
+"""Benchmarks of models run where no library for data, checkpoints or tokenizers is installed."""
 
 import subprocess
 import sys
