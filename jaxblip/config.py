@@ -114,7 +114,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     mesh.tensor = 1  # devices that share the work of each layer
 
     config.data = data = ConfigDict()
-    data.train = ""  # training source: shapes:train, a file or a folder, see docs/data.md
+    data.train = ConfigDict()
+    data.train.source = ""  # shapes:train, a file or a folder, see docs/data.md
     data.image_folder = ""  # that the paths in a source are relative to; "" = the source's own
     # The column of each example field, where it has another name than in docs/data.md
     data.fields = ConfigDict(dict.fromkeys(COLUMNS, ""))
@@ -123,7 +124,7 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
         # of the source, which are not read then; "" = images
         data.features = ""
     # Several sources: name -> a section with its own fields of config.data, and a weight if not 1,
-    # such as --config.data.mixture.coco.train=coco.json; see docs/data.md
+    # such as --config.data.mixture.coco.train.source=coco.json; see docs/data.md
     data.mixture = ConfigDict()
     # Share of a source ~ weight * size ** exponent: 1 = by size, 0.5 = by its square root
     # (InstructBLIP), 1 / T for temperature T, 0 = by the weights alone
@@ -192,8 +193,8 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     # What is measured, one of `data.eval_sections.KINDS`; "" = the first of the task's
     evaluation.kind = ""
-    evaluation.source = ""  # evaluation source, as data.train; "" = no evaluation
-    # Last examples of data.train that are kept from training and evaluated where there is no
+    evaluation.source = ""  # evaluation source, as data.train.source; "" = no evaluation
+    # Last examples of data.train.source that are kept from training and evaluated where there is no
     # evaluation source; 0 = none
     evaluation.heldout_examples = 0
     # Several evaluations: name -> a section with its own fields of config.eval, and perhaps prompt,

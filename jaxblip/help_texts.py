@@ -2,7 +2,7 @@
 
 OVERRIDES = """\
 Every field of the config can be set on the command line:
-  --config.optimizer.peak_lr=3e-5 --config.data.train=pairs.jsonl --config.mesh.fsdp=4
+  --config.optimizer.peak_lr=3e-5 --config.data.train.source=pairs.jsonl --config.mesh.fsdp=4
 """
 
 OF_A_RUN = """\
@@ -110,8 +110,8 @@ Needs: pip install 'jaxblip[openmoji]'
 
 INSPECT = """\
 Reads a source as a training would, and prints what is in it: counts, ten examples, lengths of texts
-and sizes of images in percentiles, and every problem that it met. SOURCE is what config.data.train
-may be, see docs/data.md.
+and sizes of images in percentiles, and every problem that it met. SOURCE is what
+config.data.train.source may be, see docs/data.md.
 
 Examples:
   jaxblip data inspect pairs.jsonl --sheet=pairs.png
@@ -119,10 +119,10 @@ Examples:
 """
 
 PREPARE = """\
-Writes a source as a TFDS data set in array_record, which --config.data.train=DIR reads. Every image
-is decoded once; what cannot be used is dropped, and counted by reason in DIR/report.json. The same
-source and options give the same bytes. Killed at any moment and started again, it goes on where it
-was. Run it again with another --split and source to add a split.
+Writes a source as a TFDS data set in array_record, which --config.data.train.source=DIR reads.
+Every image is decoded once; what cannot be used is dropped, and counted by reason in
+DIR/report.json. The same source and options give the same bytes. Killed at any moment and started
+again, it goes on where it was. Run it again with another --split and source to add a split.
 
 It runs on Apache Beam, on this machine unless --runner says otherwise. Options of Beam's are
 written --name=value, or stand behind a --; workers need jaxblip[prepare], SOURCE and DIR.
@@ -139,9 +139,9 @@ CACHE_FEATURES = f"""\
 Encodes each image that a config trains on once, with its frozen image encoder, and writes what the
 encoder gives as bfloat16. A training (stage1, stage2, instruct) with --config.data.features=DIR
 reads that in place of the images and skips the encoder in each step; texts still come from
-config.data.train. It needs preprocessing in which nothing is random, or --views=N for N random
-views of each image, of which training draws one each time. Killed at any moment and started again,
-it goes on where it was.
+config.data.train.source. It needs preprocessing in which nothing is random, or --views=N for N
+random views of each image, of which training draws one each time. Killed at any moment and started
+again, it goes on where it was.
 
 {OVERRIDES}
 Example:

@@ -25,7 +25,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Files that take longest go first: else one process would wait for another at the end.
-LONGEST = ("test_sharded_tasks.py", "test_bad_input.py", "test_losses.py", "test_resume.py")
+LONGEST = (
+    "test_sharded_tasks.py", "test_bad_input.py", "test_losses.py", "test_launch.py",
+    "test_lora_run.py", "test_resume.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

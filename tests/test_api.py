@@ -39,7 +39,7 @@ def tiny_config(task, language_model="opt"):
     config.compute_dtype = config.frozen_dtype = "float32"
     config.steps, config.batch_size, config.log_every_steps = 2, 8, 1
     config.optimizer.warmup_steps = 1
-    config.data.train = "shapes:train"
+    config.data.train.source = "shapes:train"
     config.data.num_workers, config.data.image_size_px = 0, SIZE
     config.eval.batch_size = 32
     config.model.vision.update(patch_size_px=12, initializer_range=0.3, **BLOCKS)
@@ -398,7 +398,7 @@ def test_fields_without_an_effect_are_refused(models, verb, capfd):
     where = "workdir" if verb == "evaluate" else "checkpoint"
     arguments = [verb, f"--{where}={model.workdir}"]
     arguments += ["--image=a.png"] if verb == "generate" else []
-    fields = ["steps=3", "data.train=x.jsonl", "data.image_size_px=48", "eval.every_steps=2"]
+    fields = ["steps=3", "data.train.source=x.jsonl", "data.image_size_px=48", "eval.every_steps=2"]
     fields += ["model.qformer.width=8", "optimizer.peak_lr=1.0", "data.tokenizer=x"]
     fields += ["eval.max_images=3", "data.max_text_tokens=9"] if verb == "generate" else []
     for field in fields:

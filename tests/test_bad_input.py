@@ -83,21 +83,21 @@ def vision_run(tmp_path_factory):
     pairs = write_pairs(folder)
     (folder / "3.png").write_bytes(b"no picture")
     Image.open(folder / "4.png").convert("CMYK").save(folder / "4.png", format="JPEG")
-    fields = {"data.train": pairs, "steps": 4, "data.max_bad_share": 0.2}
+    fields = {"data.train.source": pairs, "steps": 4, "data.max_bad_share": 0.2}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert train(folder / "vision", **fields) == 0
     return folder / "vision", printed.getvalue()
 
 
 def few_pairs(folder):
-    return {"data.train": write_pairs(folder, count=15)}
+    return {"data.train.source": write_pairs(folder, count=15)}
 
 
 def bad_lines(text):
     def make(folder):
         path = folder / "pairs.jsonl"
         path.write_text(text)
-        return {"data.train": path}
+        return {"data.train.source": path}
 
     return make
 
@@ -118,12 +118,12 @@ CASES = {
     "no batch": ({"batch_size": -8}, ["batch_size=-8", "at least 1"]),
     "negative rate": ({"optimizer.peak_lr": -1.0}, ["optimizer.peak_lr=-1.0", "negative"]),
     "mesh": ({"mesh.data": 3}, ["mesh.data=3", "8 device"]),
-    "no such source": ({"data.train": "nothing"}, ["'nothing'", "shapes:train"]),
-    "no source": ({"data.train": ""}, ["config.data.train"]),
+    "no such source": ({"data.train.source": "nothing"}, ["'nothing'", "shapes:train"]),
+    "no source": ({"data.train.source": ""}, ["config.data.train.source"]),
     "fewer examples than a batch": (
         few_pairs, ["pairs.jsonl has 15 examples", "batch_size=16", "to 15 or less"],
     ),
-    "missing jsonl": ({"data.train": "no/such.jsonl"}, ["no/such.jsonl"]),
+    "missing jsonl": ({"data.train.source": "no/such.jsonl"}, ["no/such.jsonl"]),
     "empty jsonl": (bad_lines(""), ["pairs.jsonl", "empty"]),
     "no json": (
         bad_lines('{"image": "a.png", "caption": "a"}\nnot json\n'), ["pairs.jsonl:2"],
@@ -140,7 +140,7 @@ CASES = {
     "filter": ({"data.interpolation": "nearest"}, ["interpolation='nearest'", "bilinear"]),
     "dtype": ({"compute_dtype": "float23"}, ["float23", "bfloat16"]),
     "model before data": (
-        {"model.vision.width": 30, "data.train": "no/such.jsonl"}, ["width=30"],
+        {"model.vision.width": 30, "data.train.source": "no/such.jsonl"}, ["width=30"],
     ),
 }  # fmt: skip
 
@@ -247,7 +247,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, capfd):
     pairs = write_pairs(tmp_path)
     for index in range(10):
         (tmp_path / f"{index}.png").unlink()
-    assert train(tmp_path / "new" / "run", **{"data.train": pairs, "batch_size": 40}) == 1
+    assert train(tmp_path / "new" / "run", **{"data.train.source": pairs, "batch_size": 40}) == 1
     message = capfd.readouterr().err
     assert "missing image" in message and "data.max_bad_share=0.05" in message
     assert not (tmp_path / "new").exists()  # for it was the first batch

@@ -37,7 +37,7 @@ def finetuning(task, size, *, peak_lr, epochs, examples):
     config.optimizer.b2 = 0.999  # the default of torch's AdamW
     config.optimizer.weight_decay = 0.05  # Table 14; there biases and norms, too
 
-    # config.data.train is the path of a JSONL file that the user names.
+    # config.data.train.source is the path of a JSONL file that the user names.
     config.data.tokenizer = "bert-base-uncased"  # the run adds [DEC] and [ENC]
     config.data.image_size_px = 384  # Table 14
     config.data.max_words = 30  # data/utils.py, of captions and of questions

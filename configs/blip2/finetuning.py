@@ -84,7 +84,7 @@ def _set_common(config, recipe, vision, *, layer_decay):
     config.model.vision.remat = "full"  # LAVIS caption_coco_ft.yaml: use_grad_checkpoint
 
     # To be named by the user: config.init.all, such as hf:Salesforce/blip2-opt-2.7b or the work
-    # directory of pre-training, config.data.train and config.eval.source.
+    # directory of pre-training, config.data.train.source and config.eval.source.
 
     config.optimizer.peak_lr = 1e-5  # tables 7 to 9
     config.optimizer.warmup_steps = 1000  # tables 7 to 9

@@ -29,8 +29,8 @@ def instructblip(arg, architecture, *, batch_size, language_model, **data):
     # hf:Salesforce/blip2-flan-t5-xl or the work directory of stage 2. The text side of the
     # Q-Former, which stage 2 drops, comes with config.init.qformer, the work directory of stage 1
     # (then the queries are those of stage 1, as in X-InstructBLIP), or starts at random.
-    # config.data.train is the path of a JSONL file with an instruction in each line, of templates
-    # of the user's choice.
+    # config.data.train.source is the path of a JSONL file with an instruction in each line, of
+    # templates of the user's choice.
 
     config.batch_size = batch_size
     config.steps = 60_000  # §2.6: at most

@@ -76,8 +76,8 @@ def _common(task, recipe, vision, **default):
 
     # To be named by the user: config.init.vision and config.init.language_model are frozen and must
     # have weights; config.init.qformer stays "" in stage 1 for random ones (the paper starts from
-    # BERT-base), and is the work directory of stage 1 in stage 2. config.data.train is the path of
-    # a JSONL file: the paper's 129 million images (§3.4) are not a data set one can download.
+    # BERT-base), and is the work directory of stage 1 in stage 2. config.data.train.source is the
+    # path of a JSONL file: the paper's 129 million images (§3.4) cannot be downloaded as a set.
 
     config.optimizer.peak_lr = 1e-4  # paper §3.4
     config.optimizer.warmup_init_lr = 1e-6  # not in the paper; LAVIS

@@ -27,7 +27,7 @@ def get_config(arg=""):
     config.optimizer.eps = 1e-6  # from memory
     config.optimizer.weight_decay = 0.2  # not on gains and biases
 
-    # config.data.train is the path of a JSONL file that the user names.
+    # config.data.train.source is the path of a JSONL file that the user names.
     config.data.tokenizer = "openai/clip-vit-base-patch16"
     config.data.max_text_tokens = 77  # context length, start and end included
     config.data.max_words = 77  # the context alone cuts a text

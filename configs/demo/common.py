@@ -11,7 +11,7 @@ def set_shapes(config):
     config.optimizer.warmup_steps = 50
     config.optimizer.min_lr = 0.0
 
-    config.data.train = "shapes:train"
+    config.data.train.source = "shapes:train"
     config.data.shuffle_block = 4  # alike but for what is where: hard negatives of one another
     config.eval.source = "shapes:heldout"
     config.data.image_size_px = 48

@@ -16,7 +16,7 @@ def get_config(arg=""):
     config.optimizer.min_lr = 0.0
     config.optimizer.warmup_steps = 50
 
-    config.data.train = "easy_vqa:train"  # or what `jaxblip data prepare` wrote of it
+    config.data.train.source = "easy_vqa:train"  # or what `jaxblip data prepare` wrote of it
     config.data.image_size_px = 64  # as they are
     config.data.max_instruction_tokens = 16
     config.data.max_text_tokens = 4  # an answer is one word

@@ -1,7 +1,7 @@
 """What fine-tuning on one's own data has in common; values of BLIP-2's appendix where it has one.
 
-To be named on the command line: config.data.train, config.init.all (published weights or the work
-directory of a run), and config.eval.source for a score.
+To be named on the command line: config.data.train.source, config.init.all (published weights or
+the work directory of a run), and config.eval.source for a score.
 """
 
 

@@ -12,7 +12,7 @@ def set_openmoji(config):
     config.optimizer.min_lr = 0.0
     config.optimizer.warmup_steps = 100
 
-    config.data.train = "datasets/openmoji/train.jsonl"
+    config.data.train.source = "datasets/openmoji/train.jsonl"
     config.eval.source = "datasets/openmoji/heldout.jsonl"
     config.data.image_size_px = 64
     config.data.max_text_tokens = 20

@@ -261,7 +261,7 @@ def _open(config: ConfigDict, each: TrainSource) -> FeatureSource:
     if header["examples"] != num_examples(each.source):
         raise UserError(
             f"{folder} has features of {header['source']} with {header['examples']:,} examples, "
-            f"and {config.data.train} has {num_examples(each.source):,}: name the data that "
+            f"and {config.data.train.source} has {num_examples(each.source):,}: name the data that "
             f"they are of, or {_REMEDY}."
         )
     return source

@@ -49,7 +49,7 @@ class Stretch:
 
 
 def heldout_count(config: ConfigDict) -> int:
-    """Examples of config.data.train that are evaluated, since no other source is named."""
+    """Examples of config.data.train.source that are evaluated, since no other source is named."""
     settings = config.eval
     return 0 if settings.source or settings.set else settings.heldout_examples
 
@@ -71,7 +71,7 @@ def trained_part(config: ConfigDict, source: Source) -> Source:
     if not 0 < count < len(source):
         raise UserError(
             f"eval.heldout_examples={count} leaves nothing of the {len(source)} examples of "
-            f"{config.data.train} to train on: hold out fewer."
+            f"{config.data.train.source} to train on: hold out fewer."
         )
     return Stretch(source, 0, len(source) - count)
 

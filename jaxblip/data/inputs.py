@@ -110,7 +110,7 @@ def _check_same_sizes(parts: Sequence[Part], before: Mapping[str, int]) -> None:
     for part in parts:
         if len(part.source) != before[part.name]:
             raise UserError(
-                f"The source of config.{section_of(part.name)}.train had {before[part.name]} "
+                f"config.{section_of(part.name)}.train.source had {before[part.name]} "
                 f"examples when the run began, and has {len(part.source)} now: give it the data "
                 "that it had, or start anew in another --workdir."
             )

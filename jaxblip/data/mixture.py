@@ -56,15 +56,16 @@ def configs_of_sources(config: ConfigDict) -> dict[str, ConfigDict]:
 
     Raises:
       UserError: a section names no source or has a field that is none of a source, a weight or the
-        exponent is no share, or config.data.train is read by none.
+        exponent is no share, or config.data.train.source is read by none.
     """
     mixture = config.data.mixture
     if not mixture:
         return {"": config}
-    if config.data.train and all("train" in section for section in mixture.values()):
+    if config.data.train.source and all("train" in section for section in mixture.values()):
         raise UserError(
-            f"config.data.train={config.data.train!r} is read by no source of config.data.mixture, "
-            "each of which names its own: set --config.data.train= to leave it out."
+            f"config.data.train.source={config.data.train.source!r} is read by no source of "
+            "config.data.mixture, each of which names its own: set --config.data.train.source= to "
+            "leave it out."
         )
     if config.data.mixture_exponent < 0:
         raise UserError(
@@ -75,10 +76,10 @@ def configs_of_sources(config: ConfigDict) -> dict[str, ConfigDict]:
     for name, section in mixture.items():
         found[name] = of_source = config.copy_and_resolve_references()
         check_section(name, section)
-        if not section.get("train", config.data.train):
+        if not section.get("train", config.data.train).source:
             raise UserError(
                 f"config.data.mixture.{name} names no source: set "
-                f"--config.data.mixture.{name}.train to a file or a folder."
+                f"--config.data.mixture.{name}.train.source to a file or a folder."
             )
         if section.get(WEIGHT, 1.0) <= 0:
             raise UserError(

@@ -156,7 +156,7 @@ def describe_openmoji(summary: Mapping[str, object], out_dir: str | os.PathLike[
     command = ["jaxblip", "train", "--config=configs/openmoji/vision.py"]
     command += ["--workdir=runs/openmoji/vision"]
     if folder != _OF_THE_CONFIGS:
-        command.append(f"--config.data.train={folder / 'train.jsonl'}")
+        command.append(f"--config.data.train.source={folder / 'train.jsonl'}")
         command.append(f"--config.eval.source={folder / 'heldout.jsonl'}")
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])
 

@@ -27,14 +27,14 @@ CAPTIONS = ("sample", "all")  # values of config.data.captions
 def open_train_sources(config: ConfigDict) -> list[TrainSource]:
     """The sources of a run, checked against batch, blocks and instructions.
 
-    Without config.data.mixture that is the one that config.data.train names.
+    Without config.data.mixture that is the one that config.data.train.source names.
     """
     configs = configs_of_sources(config)
     opened = {name: _open_train_source(each) for name, each in configs.items()}
     sizes = [len(source) for source in opened.values()]
     weights = [config.data.mixture.get(name, {}).get(WEIGHT, 1.0) for name in configs]
     if sum(sizes) < config.batch_size:
-        names = ", ".join(each.data.train for each in configs.values())
+        names = ", ".join(each.data.train.source for each in configs.values())
         raise UserError(
             f"{names} has {sum(sizes)} examples, fewer than batch_size={config.batch_size}, so "
             f"that a batch would repeat some: set --config.batch_size to {sum(sizes)} or less, or "
@@ -50,18 +50,18 @@ def open_train_sources(config: ConfigDict) -> list[TrainSource]:
 
 
 def _open_train_source(config: ConfigDict) -> Source:
-    if not config.data.train:
+    if not config.data.train.source:
         raise UserError(
-            "config.data.train is empty: set --config.data.train to shapes:train or to the path of "
-            "your data, such as a .jsonl file."
+            "config.data.train.source is empty: set --config.data.train.source to shapes:train or "
+            "to the path of your data, such as a .jsonl file."
         )
     data, prompts = config.data, train_prompts(config)
     if data.captions not in CAPTIONS:
         raise UserError(
             f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
         )
-    source = trained_part(config, _open(config, data.train, data))
-    _check_instructions(config, source, data.train, prompts)
+    source = trained_part(config, _open(config, data.train.source, data))
+    _check_instructions(config, source, data.train.source, prompts)
     return EachCaption(source) if _why_all(data) else source
 
 
@@ -71,7 +71,8 @@ def read_eval_set(config: ConfigDict, images: bool = True) -> EvalSet:
     if name:
         source = _open(config, name, config.eval)
     else:
-        source, name = heldout_part(config, _open(config, data.train, data)), data.train
+        name = data.train.source
+        source = heldout_part(config, _open(config, name, data))
     if not images and hasattr(source, "without_images"):
         source = source.without_images()
     _check_instructions(config, source, name, [data.prompt])
@@ -105,8 +106,8 @@ def _check_block(config: ConfigDict, name: str, size: int) -> None:
     if block < 1 or size % block:
         raise UserError(
             f"data.shuffle_block={block} does not divide the {size} examples of "
-            f"{config.data.train}: --config.{section_of(name)}.shuffle_block=1 shuffles them one "
-            "by one."
+            f"{config.data.train.source}: --config.{section_of(name)}.shuffle_block=1 shuffles "
+            "them one by one."
         )
 
 

@@ -35,7 +35,7 @@ def open_source(
     fields: Mapping[str, str] | None = None,
     image_folder: str = "",
 ) -> Source:
-    """Opens what `config.data.train` or `config.eval.source` names.
+    """Opens what `config.data.train.source` or `config.eval.source` names.
 
     | spec | what it is |
     |---|---|

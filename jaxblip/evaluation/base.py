@@ -59,7 +59,7 @@ class Evaluation(abc.ABC):
         self.config, self.name, self.java = config, name, java
         self.kind, self.source = config.eval.kind, config.eval.source
         if not self.source:
-            self.source = f"the last {heldout_count(config)} examples of {config.data.train}"
+            self.source = f"the last {heldout_count(config)} examples of {config.data.train.source}"
         self._check()
         self.set = run_sources.read_eval_set(config, images=parts is not None)
         self.predictions: list[str] = []

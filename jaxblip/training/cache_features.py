@@ -96,7 +96,7 @@ def cache_features(
     shard_mb: float = 1000.0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes the features of each image of `config.data.train`, see `data.features`.
+    """Writes the features of each image of `config.data.train.source`, see `data.features`.
 
     Each image is read and encoded once, `eval.batch_size` at a time over the devices of this
     process; several processes share the shards. Killed and started again it goes on with the shards
@@ -191,7 +191,7 @@ def _begin(
     source = getattr(each.source, "examples", each.source)  # each image, not each caption
     vision = task.model.vision_config
     settings = {
-        "source": config.data.train,
+        "source": config.data.train.source,
         "examples": len(source),
         "views": views,
         "seed": config.seed,

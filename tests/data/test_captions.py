@@ -51,7 +51,8 @@ def tokenizer():
 def make_config(path, **data):
     config = default_config("language_model")
     config.batch_size = 1
-    config.data.update(train=path, num_workers=0, captions="all", max_bad_share=1.0, **data)
+    config.data.train.source = path
+    config.data.update(num_workers=0, captions="all", max_bad_share=1.0, **data)
     return config
 
 
@@ -199,7 +200,7 @@ def test_stage1_trains_on_every_pair(tmp_path):
     tiny = {
         "steps": 3, "batch_size": 8, "log_every_steps": 1, "optimizer.warmup_steps": 1,
         "compute_dtype": "float32", "init.vision": "random", "eval.source": "",
-        "data.train": path, "data.captions": "all", "data.shuffle_block": 1,
+        "data.train.source": path, "data.captions": "all", "data.shuffle_block": 1,
         "data.num_workers": 0, "data.image_size_px": 24,
         "model.vision.num_layers": 1, "model.vision.width": 16, "model.vision.num_heads": 2,
         "model.vision.mlp_width": 16, "model.qformer.num_layers": 2, "model.qformer.width": 16,

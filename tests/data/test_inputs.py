@@ -126,7 +126,7 @@ def test_a_source_of_another_size_is_no_place_to_go_on(tokenizer):
     with inputs.train_batches(*settings, position):
         pass
     position["sizes"][""] += 1
-    with pytest.raises(UserError, match=r"data.train had 41 examples .* and has 40 now"):
+    with pytest.raises(UserError, match=r"data.train.source had 41 examples .* and has 40 now"):
         inputs.train_batches(*settings, position)
 
 
@@ -229,7 +229,8 @@ def asked(tmp_path_factory):
 
 def instruct_config(language_model, path, **data):
     config = make_config("instruct", language_model, **data)
-    config.data.update(train=path, max_instruction_tokens=10)
+    config.data.train.source = path
+    config.data.update(max_instruction_tokens=10)
     if language_model == "t5":
         config.data.max_input_tokens = 8
     return config.lock()
@@ -276,7 +277,7 @@ def test_a_source_without_instructions_is_refused(asked):
         ("blip_vqa", {}),
         ("stage2", {"prompt": "Question: {} Answer:"}),
     ):
-        config = make_config(task, "opt", train="shapes:train", **fields)
+        config = make_config(task, "opt", train={"source": "shapes:train"}, **fields)
         reader = "blip_vqa" if task == "blip_vqa" else "data.prompt='"
         for which in ("train", "source"):
             config.eval.source = "shapes:heldout"
@@ -284,14 +285,15 @@ def test_a_source_without_instructions_is_refused(asked):
             with pytest.raises(UserError) as error:
                 read(config)
             assert f"have no instruction, which {reader}" in str(error.value)
-        config.data.train = asked
+        config.data.train.source = asked
         run_sources.open_train_sources(config)
-    config = make_config("instruct", "opt", train="shapes:train", prompt="What is there?")
+    source = {"source": "shapes:train"}
+    config = make_config("instruct", "opt", train=source, prompt="What is there?")
     run_sources.open_train_sources(config)  # one instruction for all
 
 
 def test_fewer_examples_than_a_batch_are_no_training_set(asked):
-    config = make_config("stage2", "opt", train=asked)
+    config = make_config("stage2", "opt", train={"source": asked})
     config.eval.source = asked
     assert len(run_sources.open_train_sources(config)[0].source) == config.batch_size == 20
     config.batch_size = 21
@@ -304,7 +306,7 @@ def test_fewer_examples_than_a_batch_are_no_training_set(asked):
 
 
 def test_the_question_stands_in_the_prompt_of_stage2(tokenizer, asked):
-    config = make_config("stage2", "opt", train=asked, prompt="a {} of")
+    config = make_config("stage2", "opt", train={"source": asked}, prompt="a {} of")
     sources = run_sources.open_train_sources(config)
     fields = ("text_ids", "text_mask", "prompt_length")
     with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as batches:

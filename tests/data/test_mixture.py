@@ -189,8 +189,8 @@ def config_of(tmp_path, overrides=()):
         "config.data.max_words=0",
         "config.data.mixture_exponent=0.5",
         "config.data.prompt=Q: {} A:",
-        f"config.data.mixture.few.train={tmp_path / 'few.jsonl'}",
-        f"config.data.mixture.many.train={tmp_path / 'many.jsonl'}",
+        f"config.data.mixture.few.train.source={tmp_path / 'few.jsonl'}",
+        f"config.data.mixture.many.train.source={tmp_path / 'many.jsonl'}",
         "config.data.mixture.many.prompt=Say",
         "config.data.mixture.few.weight=2",
         *overrides,
@@ -237,7 +237,7 @@ def test_each_source_has_its_own_prompt(tmp_path):
     ("config.data.mixture.few.weight=much", "is no float"),
     ("config.data.mixture.few.weight=0", "weight=0.0"),
     ("config.data.mixture_exponent=-1", "mixture_exponent=-1.0"),
-    ("config.data.train=other.jsonl", "'other.jsonl' is read by no source"),
+    ("config.data.train.source=other.jsonl", "'other.jsonl' is read by no source"),
     ("config.data.mixture.few=7", "is a section"),
     ("config.data.mixture.few.shuffle_block=3", "--config.data.mixture.few.shuffle_block=1"),
     ("config.data.mixture.other.prompt=a", "config.data.mixture.other names no source"),
@@ -265,5 +265,5 @@ def test_a_section_leaves_the_rest_of_the_config_as_it_is(tmp_path):
     config = config_of(tmp_path)
     before = config.to_dict()
     of_few = configs_of_sources(config)["few"]
-    assert of_few.data.train.endswith("few.jsonl") and of_few.data.max_words == 0
+    assert of_few.data.train.source.endswith("few.jsonl") and of_few.data.max_words == 0
     assert config.to_dict() == before

@@ -199,5 +199,5 @@ def test_the_next_command_reads_what_was_made(folder):
     overrides = [other.removeprefix("--") for other in others if other.startswith("--config.")]
     root = Path(__file__).parents[2]
     loaded = load_config(str(root / config.removeprefix("--config=")), overrides)
-    assert loaded.data.train == f"{folder}/train.jsonl"
+    assert loaded.data.train.source == f"{folder}/train.jsonl"
     assert loaded.eval.source == f"{folder}/heldout.jsonl"

@@ -62,7 +62,7 @@ def make_config(**data):
     config = default_config("language_model")
     config.batch_size = 4
     config.data.update(
-        train="shapes:train", num_workers=0, packing=True, max_text_tokens=ROW, **data
+        train={"source": "shapes:train"}, num_workers=0, packing=True, max_text_tokens=ROW, **data
     )
     return config
 
@@ -291,9 +291,9 @@ def test_texts_of_a_mixture_keep_their_share(monkeypatch, tokenizer):
         lambda spec, **_: Texts(200, longest=18 if spec == "long" else 2),
     )
     config = make_config()
-    config.data.train = ""
+    config.data.train.source = ""
     with config.unlocked():
-        config.data.mixture = {"long": {"train": "long"}, "short": {"train": "short"}}
+        config.data.mixture = {name: {"train": {"source": name}} for name in ("long", "short")}
     config.batch_size = 100
     found, _ = take(config, tokenizer, 3)
     lengths = np.array(list(map(len, texts_of(found))))

@@ -47,7 +47,7 @@ def batches(task, source, workdir, workers=0):
     """Three epochs, nearly, with augmentation."""
     config = default_config(task)
     config.batch_size, config.data.image_size_px, config.data.num_workers = 16, 32, workers
-    config.data.train = source
+    config.data.train.source = source
     sources = run_sources.open_train_sources(config)
     tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources)
     number = 3 * len(sources[0].source) // config.batch_size

@@ -213,7 +213,8 @@ def path(tmp_path_factory):
 def make_config(path, **data):
     config = default_config("stage2")
     config.batch_size = 8
-    config.data.update(train=path, num_workers=0, templates=TEMPLATES, **data)
+    config.data.train.source = path
+    config.data.update(num_workers=0, templates=TEMPLATES, **data)
     return config
 
 

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "openmoji"
 def test_a_missing_data_set_that_jaxblip_makes_names_the_command(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(str(CONFIGS / f"{name}.py"))
-    for spec in (config.data.train, config.eval.source):
+    for spec in (config.data.train.source, config.eval.source):
         with pytest.raises(UserError, match=f"{spec} does not exist yet") as error:
             open_source(spec, image_size_px=8)
         assert "`jaxblip data openmoji --out=datasets/openmoji`" in str(error.value)

@@ -178,7 +178,7 @@ def test_the_loss_of_captions_counts_each_word_once(name, tokenizer, monkeypatch
 def test_examples_that_are_held_out_are_measured_as_the_training_log(tokenizer, monkeypatch):
     monkeypatch.setattr(jax, "jit", fast_jit)
     config = shallow(tiny_config("stage1"))
-    config.data.train, config.eval.heldout_examples = "shapes:heldout", 6
+    config.data.train.source, config.eval.heldout_examples = "shapes:heldout", 6
     config.data.max_text_tokens, config.batch_size = 12, 4
     config.eval.batch_size, config.eval.rerank_top_k = 4, 2
     config.model.qformer.vocab_size = len(tokenizer)

@@ -30,7 +30,7 @@ def get_config(arg=""):
     config.compute_dtype = config.frozen_dtype = "float32"
     config.steps, config.batch_size, config.log_every_steps = 2, 8, 1
     config.optimizer.warmup_steps = 1
-    config.data.train = "shapes:train"
+    config.data.train.source = "shapes:train"
     config.data.num_workers, config.data.image_size_px = 0, 24
     config.data.pixel_mean = config.data.pixel_std = (0.5, 0.5, 0.5)
     config.data.prompt = "a picture of "
@@ -119,7 +119,7 @@ def test_a_run_with_instructions_answers_each_examples_own(run, tmp_path, capsys
             lines.append({"image": pictures[-1], "question": question, "answers": answers})
     data = tmp_path / "asked.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    workdir, config = run("instruct-llama", f"data.train={data}", f"eval.source={data}")
+    workdir, config = run("instruct-llama", f"data.train.source={data}", f"eval.source={data}")
     sizes = [config["model"][part]["vocab_size"] for part in ("qformer", "language_model")]
     for folder, size in zip(("qformer_tokenizer", "tokenizer"), sizes, strict=True):
         assert len(load_tokenizer(f"{workdir}/{folder}")) == size

@@ -209,7 +209,7 @@ def tiny(task, source):
     config.compute_dtype = "float32"
     config.steps, config.batch_size, config.log_every_steps = 2, 8, 1
     config.optimizer.warmup_steps = 1
-    config.data.train = config.eval.source = source
+    config.data.train.source = config.eval.source = source
     config.data.num_workers, config.data.image_size_px = 0, 24
     config.eval.max_images, config.eval.batch_size = 6, 8
     sizes = dict(width=16, num_layers=1, num_heads=2, mlp_width=24)

@@ -44,7 +44,7 @@ def config_from(source, overrides):
     config.steps, config.batch_size, config.optimizer.warmup_steps = 2, 8, 0
     config.compute_dtype = config.frozen_dtype = "float32"
     config.model.vision_norm_epsilon = 1e-6
-    config.data.train, config.data.num_workers = "shapes:train", 0
+    config.data.train.source, config.data.num_workers = "shapes:train", 0
     config.data.image_size_px, config.data.max_text_tokens = 8, 6
     config.optimizer.peak_lr, config.optimizer.warmup_init_lr = 0.1, 0.1
     config.checkpoint.every_steps = 1

@@ -73,7 +73,7 @@ def test_a_trained_run_with_frozen_parts(tmp_path):
 def tiny_stage2(**init):
     config = default_config("stage2")
     config.steps, config.batch_size, config.optimizer.warmup_steps = 1, 8, 0
-    config.data.train, config.data.num_workers = "shapes:train", 0
+    config.data.train.source, config.data.num_workers = "shapes:train", 0
     config.data.image_size_px, config.data.max_text_tokens = 8, 6
     config.optimizer.peak_lr = 0.1
     config.init.update({part: str(source) for part, source in init.items()})

@@ -370,7 +370,7 @@ def make_config(task, architecture, **init):
     config = default_config(task, language_model=architecture)
     config.steps, config.batch_size, config.optimizer.warmup_steps = 1, 8, 0
     config.compute_dtype = config.frozen_dtype = "float32"
-    config.data.train, config.data.num_workers = "shapes:train", 0
+    config.data.train.source, config.data.num_workers = "shapes:train", 0
     config.data.image_size_px, config.data.max_text_tokens = 8, TEXT
     if task == "instruct":
         config.data.max_instruction_tokens, config.data.prompt = 4, "what"

@@ -13,7 +13,7 @@ import pytest
 LAUNCH = Path(__file__).parents[2] / "launch"
 SLURM, TPU_VM = LAUNCH / "slurm.sbatch", LAUNCH / "tpu_vm.sh"
 # What a shell would take apart.
-COMMAND = ["jaxblip", "train", "--config=a.py", "--config.data.train=my file*.tar"]
+COMMAND = ["jaxblip", "train", "--config=a.py", "--config.data.train.source=my file*.tar"]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_exact_command_for_a_tpu_vm():
     ]  # fmt: skip
     assert remote == (
         r"--command=cd my\ folder && { nohup jaxblip train --config=a.py "
-        r"--config.data.train=my\ file\*.tar > jaxblip.log 2>&1 & } && "
+        r"--config.data.train.source=my\ file\*.tar > jaxblip.log 2>&1 & } && "
         r"tail --pid=$! -n +1 -f jaxblip.log && wait $!"
     )
 

@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 
 def overrides_of(folder, *overrides):
-    return [f"--config.data.train={folder / 'pairs.jsonl'}", *overrides]
+    return [f"--config.data.train.source={folder / 'pairs.jsonl'}", *overrides]
 
 
 def cache(folder, to, *arguments, task="stage1"):
@@ -212,8 +212,8 @@ def test_features_of_another_config(folder, cached, override, message):
 def test_features_of_other_examples(folder, cached, tmp_path):
     lines = (folder / "pairs.jsonl").read_text().splitlines()
     (tmp_path / "fewer.jsonl").write_text("\n".join(lines[:30]))
-    paths = f"--config.data.features={cached}", f"--config.data.train={tmp_path / 'fewer.jsonl'}"
-    config = config_of(folder, *paths)
+    fewer = f"--config.data.train.source={tmp_path / 'fewer.jsonl'}"
+    config = config_of(folder, f"--config.data.features={cached}", fewer)
     with pytest.raises(UserError, match="with 40 examples, and .*fewer.jsonl has 30: name "):
         features.with_features(config, run_sources.open_train_sources(config))
 
@@ -227,7 +227,7 @@ def test_texts_may_change_and_an_image_without_features_is_a_bad_example(folder,
     rewritten.write_text("\n".join(map(json.dumps, lines)))
     for captions in ("sample", "all"):
         config = config_of(
-            folder, f"--config.data.features={cached}", f"--config.data.train={rewritten}",
+            folder, f"--config.data.features={cached}", f"--config.data.train.source={rewritten}",
             f"--config.data.captions={captions}",
         )  # fmt: skip
         _, skipped = batches(config, 10)
@@ -390,9 +390,9 @@ def test_too_many_bad_images_stop_it(folder, tmp_path, capsys):
 
 def test_a_mixture_has_a_folder_for_each_source(folder, tmp_path, capsys):
     mixture = [
-        "--config.data.train=",
-        f"--config.data.mixture.plain.train={folder / 'pairs.jsonl'}",
-        f"--config.data.mixture.other.train={folder / 'pairs.jsonl'}",
+        "--config.data.train.source=",
+        f"--config.data.mixture.plain.train.source={folder / 'pairs.jsonl'}",
+        f"--config.data.mixture.other.train.source={folder / 'pairs.jsonl'}",
         "--config.data.mixture.other.interpolation=lanczos",
     ]
     made = tmp_path / "made"

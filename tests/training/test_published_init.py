@@ -51,7 +51,7 @@ def make_config(task="stage2", overrides=(), **init):
     config.compute_dtype = "float32"
     config.steps, config.batch_size, config.log_every_steps = 2, 8, 1
     config.optimizer.warmup_steps = 1
-    config.data.train = "shapes:train"
+    config.data.train.source = "shapes:train"
     config.data.num_workers, config.data.image_size_px, config.data.max_text_tokens = 0, 24, 6
     if "max_instruction_tokens" in config.data:
         config.data.max_instruction_tokens = 4
