@@ -17,7 +17,8 @@ from PIL import Image
 import jaxblip
 from jaxblip.api import Decoding, Model
 from jaxblip.cli import main
-from jaxblip.config import default_config, field_names
+from jaxblip.config import default_config
+from jaxblip.overrides import field_names
 from jaxblip.data import inputs, run_tokenizers
 from jaxblip.data.user_images import read_image
 from jaxblip.errors import UserError

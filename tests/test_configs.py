@@ -11,7 +11,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxblip.config import config_from_dict, default_config, field_names, load_config
+from jaxblip.config import config_from_dict, default_config, load_config
+from jaxblip.overrides import field_names
 from jaxblip.errors import UserError
 from jaxblip.models.language_models import LANGUAGE_MODELS
 from jaxblip.tasks import TASKS, make_task
@@ -201,6 +202,13 @@ def test_blip2_is_fine_tuned_as_in_its_paper(name, batch_size, size, decay):
     else:  # what LAVIS configures and never applies
         lavis = load(f"blip2/{name}.py:lavis").optimizer
         assert (lavis.layer_decay.vision, lavis.b2) == (1.0, 0.999)
+
+
+def test_a_saved_config_of_another_version():
+    saved = default_config("stage1").to_dict()
+    saved["model"]["vision"]["remat"] = False  # a name since
+    with pytest.raises(UserError, match="of another version of jaxblip and cannot be read.*remat"):
+        config_from_dict(saved)
 
 
 # Overrides

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxblip.api import Decoding, Model, load
-from jaxblip.config import apply_overrides, default_config
+from jaxblip.config import default_config
 from jaxblip.data.text import ANSWER_DECODING
 from jaxblip.errors import UnreadableImages, UserError
 from jaxblip.evaluation.base import Evaluation, Metrics
@@ -25,6 +25,7 @@ from jaxblip.evaluation.results import (
     read_predictions,
     write_results,
 )
+from jaxblip.overrides import apply_overrides
 from jaxblip.training.checkpoints import CONFIG_FILE, saved_steps
 from jaxblip.training.restore import Run, at_step, load_run
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxblip.config import config_from_dict, default_config, overridden_fields
+from jaxblip.config import config_from_dict, default_config
 from jaxblip.data.run_tokenizers import QFORMER_TOKENIZER_FOLDER, TOKENIZER_FOLDER
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.errors import UserError
@@ -24,6 +24,7 @@ from jaxblip.interop.processors import ImageProcessing, find_image_processing
 from jaxblip.interop.published import Published, open_published
 from jaxblip.interop.tokenizer import published_tokenizer
 from jaxblip.models.language_models import LANGUAGE_MODELS
+from jaxblip.overrides import overridden_fields
 from jaxblip.tasks import STAGE2_TASKS
 from jaxblip.tasks.parts import NOT_IN_CONFIG
 from jaxblip.training.checkpoints import CONFIG_FILE

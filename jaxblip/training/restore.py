@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxblip import sharding
-from jaxblip.config import apply_overrides, config_from_dict, field_names
+from jaxblip.config import config_from_dict
 from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.interop.load import put_params
+from jaxblip.overrides import apply_overrides, field_names
 from jaxblip.tasks import Task, make_task
 from jaxblip.training.checkpoints import (
     CONFIG_FILE,

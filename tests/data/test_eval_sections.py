@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxblip.config import apply_overrides, default_config
+from jaxblip.config import default_config
+from jaxblip.overrides import apply_overrides
 from jaxblip.data.eval_sections import KINDS, configs_of_evaluations
 from jaxblip.errors import UserError
 from jaxblip.tasks import TASKS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxblip.config import apply_overrides, config_from_dict, default_config
+from jaxblip.config import config_from_dict, default_config
+from jaxblip.overrides import apply_overrides
 from jaxblip.data import inputs, run_sources, run_tokenizers
 from jaxblip.data.mixture import configs_of_sources, lines, shares
 from jaxblip.data.pipeline import Part, TrainBatches

@@ -15,7 +15,8 @@ from tiny_tasks import fast_jit
 from transformers import Blip2ForConditionalGeneration
 
 from jaxblip.api import load
-from jaxblip.config import apply_overrides, default_config
+from jaxblip.config import default_config
+from jaxblip.overrides import apply_overrides
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.models.lora import is_factor

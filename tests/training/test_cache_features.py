@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from jaxblip.cli import main
-from jaxblip.config import apply_overrides, load_config
+from jaxblip.config import load_config
+from jaxblip.overrides import apply_overrides
 from jaxblip.data import features, inputs, run_sources, run_tokenizers
 from jaxblip.data.samples import BadSample
 from jaxblip.errors import UserError

@@ -24,7 +24,8 @@ from tiny_checkpoints import QUERIES, VOCAB, WORDS
 from tiny_tasks import fast_jit
 
 from jaxblip import sharding
-from jaxblip.config import apply_overrides, default_config
+from jaxblip.config import default_config
+from jaxblip.overrides import apply_overrides
 from jaxblip.data import run_tokenizers
 from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
