@@ -178,7 +178,7 @@ def rows_stay_split(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     device then holds all rows and a slice of the width, and every product is summed over all
     devices while they wait. With the rows in place it must gather the parameters, one layer ahead
     of its use. The activations are held at the norms, of which every block has one at its
-    beginning or end; in between their places follow.
+    beginning or end, and in front of the scores of words; in between their places follow.
     """
     places = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
@@ -190,6 +190,8 @@ def rows_stay_split(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     def keep_at_norms(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if context.method_name == "__call__" and (context.module.name or "").endswith("norm"):
             return keep(method(*map(keep, args), **kwargs))
+        if context.method_name in ("logits", "word_logits"):  # whose vocabulary `tensor` splits
+            return method(*map(keep, args), **kwargs)
         return method(*args, **kwargs)
 
     return nn.intercept_methods(keep_at_norms)

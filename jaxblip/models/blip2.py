@@ -205,9 +205,9 @@ class Blip2Stage2(nn.Module):
         hidden = self.qformer(image, instruction_ids, mask)
         return self.projection(hidden[:, :num_queries])
 
-    def __call__(self, *inputs: Array | None) -> Float[Array, "batch text vocab"]:
+    def __call__(self, *inputs: Array, **others: Array) -> Float[Array, "batch text vocab"]:
         """Position t scores the text token t; arguments as `hidden`."""
-        return self.logits(self.hidden(*inputs))
+        return self.logits(self.hidden(*inputs, **others))
 
     def logits(self, hidden: Float[Array, "batch text lm_width"]):
         """Scores of the words `[batch, text, vocab]`, by the head of the language model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -55,7 +54,8 @@ print(json.dumps([peak(source, out + "/run"), peak(out + "/run", out + "/again")
 def publish(folder: Path, config: OptConfig) -> None:
     """Zeros would be compressed away, so all values are random."""
     experiment = default_config("language_model")
-    experiment.model.language_model.update(dataclasses.asdict(config))
+    section = experiment.model.language_model
+    section.update({name: getattr(config, name) for name in section if name != "architecture"})
     experiment.data.max_text_tokens = 8
     task = make_task(experiment.lock())
     shapes = jax.eval_shape(task.init, jax.random.key(0))

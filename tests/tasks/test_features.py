@@ -25,6 +25,11 @@ def config_of(name, features, dtype="bfloat16"):
     return config
 
 
+def rounding_jit(function):
+    """Rounds to bfloat16 where the program says so; by itself XLA leaves some sums wider."""
+    return jax.jit(function, compiler_options={"xla_allow_excess_precision": False})
+
+
 @functools.cache
 def batches(name, dtype="bfloat16"):
     """The tasks that read images and features, parameters, and a batch for each."""
@@ -33,7 +38,7 @@ def batches(name, dtype="bfloat16"):
     batch = random_batch(of_images)
     encoder = VisionTransformer(of_images.model.vision_config, of_images.dtype)
     pixels = of_images.normalize_images(batch["image"])
-    tokens = fast_jit(encoder.apply)({"params": params["vision"]}, pixels)
+    tokens = rounding_jit(encoder.apply)({"params": params["vision"]}, pixels)
     rest = {field: rows for field, rows in batch.items() if field != "image"}
     features = {"image_features": np.asarray(tokens.astype(jnp.bfloat16)), **rest}
     return of_images, of_features, params, batch, features
@@ -53,8 +58,8 @@ def test_the_batch_has_features_in_the_place_of_images(name):
 def test_losses_are_the_same_bits_where_the_encoder_computes_in_bfloat16(name):
     of_images, of_features, params, batch, features = batches(name)
     without_encoder = {part: tree for part, tree in params.items() if part != "vision"}
-    loss = fast_jit(of_features.loss)
-    wanted = jax.device_get(fast_jit(of_images.loss)(params, batch, None))
+    loss = rounding_jit(of_features.loss)
+    wanted = jax.device_get(rounding_jit(of_images.loss)(params, batch, None))
     assert jax.device_get(loss(without_encoder, features, None)) == wanted and wanted.loss > 0
     others = {**features, "image_features": features["image_features"][::-1]}
     assert loss(without_encoder, others, None).loss != wanted.loss
