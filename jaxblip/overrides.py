@@ -29,6 +29,13 @@ def overridden_fields(config: ConfigDict) -> frozenset[str]:
     return vars(config).get("_overridden", frozenset())
 
 
+def copied(config: ConfigDict) -> ConfigDict:
+    """A copy that still knows its `overridden_fields`."""
+    copy_of = config.copy_and_resolve_references()
+    object.__setattr__(copy_of, "_overridden", overridden_fields(config))
+    return copy_of
+
+
 def _apply_override(config: ConfigDict, override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals:

@@ -7,6 +7,7 @@ import math
 from ml_collections import ConfigDict
 
 from jaxblip.errors import UserError
+from jaxblip.overrides import copied
 
 OPEN = -1  # of a number of steps: it follows from the length of the run
 _MAX_WARMUP_STEPS = 1000  # that of all fine-tuning in BLIP-2's appendix (tables 7 to 9)
@@ -29,7 +30,7 @@ def with_schedule(config: ConfigDict, examples: int) -> tuple[ConfigDict, list[s
             f"config.steps={config.steps} and config.epochs={config.epochs:g} {both} how long the "
             "run is: set one of them to 0 and the other to what you want."
         )
-    config = config.copy_and_resolve_references()
+    config = copied(config)
     found = {}
     if not config.steps:
         config.steps = max(1, math.ceil(config.epochs * examples / config.batch_size))

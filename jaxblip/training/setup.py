@@ -79,10 +79,11 @@ def prepare(config: ConfigDict, workdir: str) -> Setup:
     if not adopts_sizes:
         _check_model(config, mesh)
     sources = run_sources.open_train_sources(config)
-    adopted = adopt_sources(config)
     examples = sum(len(each.source) for each in sources)
-    config, schedule_lines = with_schedule(adopted.config, examples)
+    config, schedule_lines = with_schedule(config, examples)
     schedule = learning_rate(config)
+    adopted = adopt_sources(config)
+    config = adopted.config
     if adopts_sizes:  # they are known only now, after a download perhaps
         _check_model(config, mesh)
     tokenizer = run_tokenizers.run_tokenizer(config, workdir, sources, adopted.tokenizer)

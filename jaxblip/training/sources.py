@@ -96,9 +96,9 @@ def is_published(source: str) -> bool:
 
 def is_run(source: str) -> bool:
     """Whether a source of `config.init` is a work directory, of a training or of a conversion."""
-    return source not in ("", RANDOM) and (Path(source) / CONFIG_FILE).is_file() and (
-        Path(source) / FOLDER
-    ).is_dir()
+    folder = Path(source)
+    is_whole = (folder / CONFIG_FILE).is_file() and (folder / FOLDER).is_dir()
+    return source not in ("", RANDOM) and is_whole
 
 
 def is_converted(source: str) -> bool:

@@ -4,6 +4,7 @@ import pytest
 
 from jaxblip.config import default_config
 from jaxblip.errors import UserError
+from jaxblip.overrides import apply_overrides, overridden_fields
 from jaxblip.training.data_defaults import with_schedule
 from jaxblip.training.optimizer import learning_rate
 
@@ -41,6 +42,12 @@ def test_the_smallest_data_sets_have_a_schedule(examples):
 def test_a_config_without_open_fields_stays_as_it_is():
     config = default_config("stage2")
     assert with_schedule(config, 1000) == (config, [])
+
+
+def test_fields_set_on_the_command_line_are_still_known():
+    config = open_config().lock()
+    apply_overrides(config, ["config.model.vision.width=64"])
+    assert overridden_fields(with_schedule(config, 1000)[0]) == {"model.vision.width"}
 
 
 def test_resolving_twice_changes_nothing():
