@@ -93,7 +93,9 @@ def test_peaks(tmp_path):
     print(peaks)
     assert peaks["copy"] < LAYER_MIB + SLACK_MIB, peaks
     # The parameters themselves lie in the host's memory here; beside them, one layer at a time.
-    assert ALL_MIB <= peaks["load"] < ALL_MIB + LAYER_MIB + SLACK_MIB, peaks
+    # That they are seen shows that peaks are measured; the kernel's counts lag by some pages
+    # (proc(5): "inaccurate"), which one layer outweighs.
+    assert ALL_MIB - LAYER_MIB < peaks["load"] < ALL_MIB + LAYER_MIB + SLACK_MIB, peaks
     assert peaks["save"] < LAYER_MIB + SLACK_MIB, peaks
     expected = files["source"].read_bytes()
     for name in ("copy", "save"):
