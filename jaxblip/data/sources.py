@@ -21,6 +21,7 @@ _NAMED = {
     "shapes": tuple(shapes.SPLIT_SIZES),
     "openmoji": openmoji.SPLITS,
     "easy_vqa": easy_vqa.SPLITS,
+    "easy_vqa_captions": easy_vqa.SPLITS,
 }
 # Data sets that `jaxblip data` makes, in a folder of the same name where a config expects them.
 _MADE_BY_VERB = ("openmoji",)
@@ -34,6 +35,7 @@ def open_source(
     image_size_px: int,
     fields: Mapping[str, str] | None = None,
     image_folder: str = "",
+    frames: int = 1,
 ) -> Source:
     """Opens what `config.data.train.source` or `config.eval.source` names.
 
@@ -42,6 +44,7 @@ def open_source(
     | `shapes:train`, `shapes:heldout` | scenes that the package draws |
     | `openmoji:train`, `openmoji:heldout` | emoji with their names, drawn from packages |
     | `easy_vqa:train`, `easy_vqa:test` | questions about shapes, from the package easy-vqa |
+    | `easy_vqa_captions:train`, `easy_vqa_captions:test` | captions that their answers make |
     | `tfds:NAME/CONFIG:SPLIT` | a data set of TensorFlow Datasets, see `TfdsRows` |
     | a folder, or `FOLDER:SPLIT` | one that TFDS or `jaxblip data prepare` wrote |
     | `FILE.jsonl` | one example a line |
@@ -58,6 +61,7 @@ def open_source(
       image_size_px: side of the images that a procedural source draws.
       fields: example field -> column, where the columns have other names, see `choices.COLUMNS`.
       image_folder: that the paths of images are relative to; the file's own by default.
+      frames: of a video, see `RowSource`.
 
     Raises:
       UserError: the spec names no source, or it cannot be used.
@@ -75,7 +79,7 @@ def open_source(
     rows = _open_rows(spec, columns)
     if image_folder:
         rows.folder = storage.absolute(image_folder)
-    return RowSource(rows, columns)
+    return RowSource(rows, columns, frames=frames)
 
 
 def _open_named(name: str, split: str, image_size_px: int) -> Source:
@@ -86,6 +90,8 @@ def _open_named(name: str, split: str, image_size_px: int) -> Source:
             return openmoji.OpenmojiSource(split, image_size_px)
         case "easy_vqa":
             return RowSource(easy_vqa.EasyVqaRows(split), columns_of({}))
+        case "easy_vqa_captions":
+            return RowSource(easy_vqa.EasyVqaCaptionRows(split), columns_of({}))
 
 
 def _open_rows(spec: str, columns: Mapping[str, tuple[str, ...]]) -> Rows:

@@ -186,7 +186,7 @@ def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) 
                 f"{', '.join(sorted(trained))}. Name another source in config.init."
             )
         have = trained[part]
-        if part == "vision" and is_converted(origin.source):
+        if part == "vision":
             have = _fitted_encoder(have, shapes, origin.source)
         if part == "qformer" and TEXT_SIDE in shapes and TEXT_SIDE not in have:  # of stage 2
             shapes, lacking = _without_text_side(shapes)
@@ -206,20 +206,22 @@ def _without_text_side(shapes: Params) -> tuple[Params, list[str]]:
 
 
 def _fitted_encoder(values: Params, shapes: Params, source: str) -> Params:
-    """The image encoder of what `jaxblip convert` wrote, as `Published.stored` would give it.
+    """The image encoder of a run, its positions at the image size of `shapes`.
 
-    That is, its first blocks, and its positions at the image size of `shapes`.
+    Of what `jaxblip convert` wrote the first blocks are enough, as `Published.stored` has it.
     """
-    origin = json.loads((Path(source) / CONVERTED_FILE).read_text(encoding="utf-8"))
-    num_layers = jax.tree.leaves(shapes["layers"])[0].shape[0]
-    first = jax.tree.map(lambda stack: stack.first(num_layers), values["layers"])
+    layers, resizing = values["layers"], "bicubic"
+    if is_converted(source):
+        origin = json.loads((Path(source) / CONVERTED_FILE).read_text(encoding="utf-8"))
+        num_layers, resizing = jax.tree.leaves(shapes["layers"])[0].shape[0], origin["resizing"]
+        layers = jax.tree.map(lambda stack: stack.first(num_layers), layers)
     rows, table = shapes["position_embedding"].shape[0], values["position_embedding"]
     if rows != table.shape[0]:
         has_class = int("cls_token" in values)
         sides = (math.isqrt(number - has_class) for number in (table.shape[0], rows))
-        resized = interpolate_positions(table[()].astype(np.float32), *sides, origin["resizing"])
+        resized = interpolate_positions(table[()].astype(np.float32), *sides, resizing)
         table = InMemory(resized)
-    return values | {"layers": first, "position_embedding": table}
+    return values | {"layers": layers, "position_embedding": table}
 
 
 def _given(

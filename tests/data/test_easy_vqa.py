@@ -23,6 +23,11 @@ def test_the_counts_are_those_that_the_package_says(split, questions, images, ye
     assert len(answers) == 13 and answers["yes"] + answers["no"] == yes_or_no
 
 
+def answer_type(answer):
+    types = dict.fromkeys(("yes", "no"), "yes/no")
+    return (types | dict.fromkeys(("circle", "rectangle", "triangle"), "shape")).get(answer, "color")
+
+
 def test_a_question_has_the_picture_that_it_is_about():
     easy_vqa = __import__("easy_vqa")
     source = open_source("easy_vqa:test", image_size_px=8, fields={"captions": "not of this"})
@@ -34,8 +39,32 @@ def test_a_question_has_the_picture_that_it_is_about():
         assert source[index] == {
             "image": image, "instruction": questions[index], "captions": [answers[index]],
             "image_id": ids[index],
+            "answer_type": answer_type(answers[index]),
         }  # fmt: skip
     assert len(pickle.dumps(source)) < 1000
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", 3542), ("test", 880)])
+def test_captions_agree_with_every_question(split, images):
+    """Each question about a picture is answered from its caption as the package answers it."""
+    source = open_source(f"easy_vqa_captions:{split}", image_size_px=8).without_images()
+    source = pickle.loads(pickle.dumps(source))
+    rows = [source[index] for index in range(len(source))]
+    captions = {row["image_id"]: row["captions"][0] for row in rows}
+    assert len(captions) == len(rows) == images
+    questions = open_source(f"easy_vqa:{split}", image_size_px=8).without_images()
+    for index in range(len(questions)):
+        row = questions[index]
+        if row["image_id"] not in captions:
+            continue
+        color, shape = captions[row["image_id"]].split()
+        words = row["instruction"].rstrip("?").split()
+        if row["answer_type"] == "yes/no":
+            shown = color in words or shape in words
+            negated = not {"no", "not"}.isdisjoint(words)
+            assert row["captions"] == ["yes" if shown != negated else "no"]
+        else:
+            assert row["captions"] == [{"color": color, "shape": shape}[row["answer_type"]]]
 
 
 def test_without_the_package(monkeypatch):

@@ -22,6 +22,7 @@ from jaxblip.errors import UserError
 from jaxblip.interop.convert import convert
 from jaxblip.training.checkpoints import load_params
 from jaxblip.training.initialize import frozen_params, initial_trainable
+from jaxblip.models.positions import interpolate_positions
 from jaxblip.training.loop import train
 from jaxblip.training.setup import prepare
 
@@ -70,8 +71,26 @@ def test_a_trained_run_with_frozen_parts(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_image_encoder_of_a_run_at_another_image_size(tmp_path):
+    """Of one that trained here as of a published one: its positions are interpolated."""
+    publish(tmp_path / "hf", "CLIPModel")
+    config = tiny("clip", all=tmp_path / "hf")
+    train(config, str(tmp_path / "run"))
+    trained = load_params(tmp_path / "run")["vision"]["position_embedding"]
+    other = tiny("blip_caption", vision=tmp_path / "run")
+    with other.unlocked():
+        other.data.image_size_px = 12  # 3 x 3 patches, where there were 2 x 2
+    setup = prepare(other, str(tmp_path / "other"))
+    table = initial_trainable(setup.task, setup.mesh)["vision"]["position_embedding"]
+    np.testing.assert_array_equal(table, interpolate_positions(trained, 2, 3))
+
+
 def tiny_stage2(**init):
-    config = default_config("stage2")
+    return tiny("stage2", **init)
+
+
+def tiny(task, **init):
+    config = default_config(task)
     config.steps, config.batch_size, config.optimizer.warmup_steps = 1, 8, 0
     config.data.train.source, config.data.num_workers = "shapes:train", 0
     config.data.image_size_px, config.data.max_text_tokens = 8, 6
