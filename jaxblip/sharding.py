@@ -10,9 +10,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from jaxblip.errors import UserError
 
@@ -200,6 +202,40 @@ def rows_stay_split(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
 def batch_shards(mesh: Mesh) -> int:
     """Number of equal parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_is_split() -> bool:
+    """Whether the program being traced is for a mesh that splits the rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and batch_shards(mesh) > 1
+
+
+def take_rows(x: Array, rows: Int[Array, " rows"]) -> Array:
+    """`x[rows]` of an array `[rows, ...]` that is split as a batch, without all of it anywhere.
+
+    The devices show each other a part of what they hold, one part after the other, and each keeps
+    the rows that it wants. By itself the compiler would gather the whole array on every device.
+    What is there at a time is about as much as the rows of one device: one of each at least.
+    """
+    if not batch_is_split():
+        return x[rows]
+
+    def on_device(x, rows):
+        owner, place = jnp.divmod(rows, len(x))
+        most = max(1, len(x) // jax.lax.axis_size(BATCH_AXES))
+        size = next(size for size in range(most, 0, -1) if len(x) % size == 0)
+
+        def visit(taken, part):
+            number, held = part
+            shown = jax.lax.all_gather(held, BATCH_AXES)[owner, place % size]
+            is_there = (place // size == number).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(is_there, shown, taken), None
+
+        parts = x.reshape(-1, size, *x.shape[1:])
+        return jax.lax.scan(visit, x, (jnp.arange(len(parts)), parts))[0]
+
+    split = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(on_device, in_specs=(split, split), out_specs=split)(x, rows)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:

@@ -10,6 +10,8 @@ import pytest
 from tiny_tasks import (
     COMPILER_OPTIONS,
     TASK_NAMES,
+    VISION_WIDTH,
+    WIDTH,
     random_batch,
     random_params,
     run,
@@ -19,6 +21,8 @@ from tiny_tasks import (
 )
 
 from jaxblip import sharding
+from jaxblip.planning import hlo
+from jaxblip.planning.costs import COLLECTIVES
 from jaxblip.tasks import make_task
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
@@ -142,3 +146,24 @@ def test_layers_wait_for_parameters_alone(stage2_over_fsdp):
     compiled, _ = stage2_over_fsdp
     for kind in ("all-reduce", "reduce-scatter", "all-to-all", "collective-permute"):
         assert not any(in_loop for _, in_loop in collectives(compiled, kind))
+
+
+@pytest.mark.parametrize("task", ["stage1", "blip_retrieval"])
+def test_hard_images_are_fetched_without_the_whole_batch(task):
+    """Neither the tokens of all images nor their keys and values are ever on one device."""
+    config = tiny_config(task)
+    config.batch_size = rows = 32
+    step, state, frozen, mesh, task = start(shallow(config), {"data": 4, "fsdp": 2, "tensor": 1})
+    batch = sharding.put_batch(random_batch(task, rows=rows), mesh)
+    lowered = step.lower(state, frozen, batch)
+    program = hlo.parse(lowered.compile(compiler_options=COMPILER_OPTIONS).as_text())
+    moved = [
+        math.prod(shape.sizes)
+        for computation in program.computations.values()
+        for each in computation.values()
+        if each.opcode.removesuffix("-start") in COLLECTIVES
+        for shape in each.shapes
+    ]
+    tokens, width = task.model.vision_config.num_tokens, min(VISION_WIDTH, WIDTH)
+    assert max(moved) >= 8 * tokens * VISION_WIDTH  # an image of each device
+    assert max(moved) < rows * tokens * width

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxblip import sharding
 from jaxblip.errors import UserError
+from jaxblip.planning.costs import costs
 from jaxblip.training.optimizer import weight_decay_mask
 from jaxblip.training.state import TrainState
 
@@ -172,6 +173,33 @@ def test_process_shards_of_meshes_over_several_processes(monkeypatch):
     for devices in ((0, 2), (1, 2)):  # with a gap; not at a multiple of its own size
         with pytest.raises(UserError, match="not one block"):
             shards({"data": 8}, devices)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 2, 1)])
+def test_rows_from_anywhere_in_the_batch_without_having_all_of_it(sizes):
+    mesh = mesh_of(*sizes)
+    draw = np.random.default_rng(0)
+    x, weights = draw.normal(size=(2, 48, 3)).astype(np.float32)
+    rows = draw.integers(0, 48, 48)
+    rows[:8] = 40  # which many want at once
+
+    def weighted(x, rows):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            taken = sharding.take_rows(x, rows)
+        return jnp.sum(taken * weights), taken
+
+    step = jax.jit(
+        jax.value_and_grad(weighted, has_aux=True), in_shardings=sharding.batch_sharding(mesh)
+    )
+    compiled = step.lower(x, rows).compile()
+    (_, taken), gradient = compiled(x, rows)
+    np.testing.assert_array_equal(taken, x[rows])
+    expected = np.zeros_like(x)
+    np.add.at(expected, rows, weights)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    moved = costs(compiled.as_text(), num_devices=mesh.size).collectives
+    shards = sharding.batch_shards(mesh)
+    assert max((each.bytes for each in moved), default=0) <= x.nbytes / min(shards, 48 // shards)
 
 
 @pytest.mark.parametrize(

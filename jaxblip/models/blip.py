@@ -37,9 +37,13 @@ class _WithImages(nn.Module):
         self.vision = VisionTransformer(self.vision_config, self.dtype)
         self.vision_norm = layer_norm(self.vision_config.layer_norm_epsilon, self.dtype)
 
-    def image_features(self, images: Images) -> Features:
+    def image_tokens(self, images: Images | Features) -> Features:
+        """What the image encoder makes of them; that itself stays as it is."""
+        return self.vision(images) if images.ndim == 4 else images
+
+    def image_features(self, images: Images | Features) -> Features:
         """The tokens of the image encoder, normed."""
-        return self.vision_norm(self.vision(images))
+        return self.vision_norm(self.image_tokens(images))
 
 
 class BlipRetrieval(_WithImages):

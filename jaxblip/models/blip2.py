@@ -28,8 +28,10 @@ from jaxblip.models.qformer import QFormer, QFormerConfig
 from jaxblip.models.vit import VisionTransformer, VitConfig
 
 Images = Float[Array, "batch height width 3"]
+Videos = Float[Array, "batch frames height width 3"]
 # What the image encoder makes of them. A model that is given these does without the encoder.
 Tokens = Float[Array, "batch tokens vision_width"]
+FrameTokens = Float[Array, "batch frames tokens vision_width"]
 TextIds = Int[Array, "batch text"]
 TextValid = Bool[Array, "batch text"]
 
@@ -67,9 +69,13 @@ class Blip2Stage1(nn.Module):
             "temperature", nn.initializers.constant(self.initial_temperature), ()
         )
 
+    def image_tokens(self, images: Images | Tokens) -> Tokens:
+        """What the image encoder makes of them."""
+        return self.vision(images) if images.ndim == 4 else images
+
     def image_features(self, images: Images | Tokens) -> Tokens:
         """The tokens of the image encoder, normed."""
-        return self.vision_norm(self.vision(images) if images.ndim == 4 else images)
+        return self.vision_norm(self.image_tokens(images))
 
     def read_image(self, features: Tokens) -> KeyValues:
         """What the Q-Former needs of the images, computed once for all passes."""
@@ -143,6 +149,10 @@ class Blip2Stage2(nn.Module):
 
     A `connector` (`models.connectors`) stands in place of the Q-Former, where there is one.
 
+    With `num_frames` an example has several images, such as the frames of a video (four in
+    InstructBLIP): each is encoded and read by itself, with the same instruction, and their visual
+    tokens follow one another.
+
     The Q-Former has no text side, except in InstructBLIP (arXiv 2305.06500 §2.3): with
     `qformer_config.has_text` it may be given the instruction, so that the visual tokens are about
     what is asked. Initialise such a model with an instruction.
@@ -154,13 +164,14 @@ class Blip2Stage2(nn.Module):
     vision_norm_epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     connector: Connector | None = None
+    num_frames: int = 1
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many soft tokens stand for an image."""
+        """How many soft tokens stand for the images of an example."""
         if self.connector is None:
-            return self.qformer_config.num_query_tokens
-        return self.connector.num_tokens(self.vision_config.num_tokens)
+            return self.num_frames * self.qformer_config.num_query_tokens
+        return self.num_frames * self.connector.num_tokens(self.vision_config.num_tokens)
 
     def setup(self):
         self.vision = VisionTransformer(self.vision_config, self.dtype)
@@ -172,7 +183,7 @@ class Blip2Stage2(nn.Module):
 
     def visual_tokens(
         self,
-        images: Images | Tokens,
+        images: Images | Videos | Tokens,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch queries lm_width"]:
@@ -184,17 +195,27 @@ class Blip2Stage2(nn.Module):
         """
         return self.query(self.image_features(images), instruction_ids, instruction_valid)
 
-    def image_features(self, images: Images | Tokens) -> Tokens:
+    def image_features(self, images: Images | Videos | Tokens) -> Tokens | FrameTokens:
         """The tokens of the image encoder, normed."""
+        if images.ndim == 5:
+            rows, frames = images.shape[:2]
+            features = self.image_features(images.reshape(rows * frames, *images.shape[2:]))
+            return features.reshape(rows, frames, *features.shape[1:])
         return self.vision_norm(self.vision(images) if images.ndim == 4 else images)
 
     def query(
         self,
-        features: Tokens,
+        features: Tokens | FrameTokens,
         instruction_ids: Int[Array, "batch instruction"] | None = None,
         instruction_valid: Bool[Array, "batch instruction"] | None = None,
     ) -> Float[Array, "batch queries lm_width"]:
         """The soft tokens about images whose features are there; arguments as `visual_tokens`."""
+        if features.ndim == 4:
+            rows, frames = features.shape[:2]
+            texts = (instruction_ids, instruction_valid)
+            texts = (None if text is None else jnp.repeat(text, frames, axis=0) for text in texts)
+            visual = self.query(features.reshape(rows * frames, *features.shape[2:]), *texts)
+            return visual.reshape(rows, -1, visual.shape[-1])
         if self.connector is not None:
             return self.projection(self.connector(features))
         image = self.qformer.read_image(features)
@@ -215,7 +236,7 @@ class Blip2Stage2(nn.Module):
 
     def hidden(
         self,
-        images: Images | Tokens,
+        images: Images | Videos | Tokens,
         text_ids: TextIds,
         text_valid: TextValid,
         input_ids: Int[Array, "batch input"] | None = None,

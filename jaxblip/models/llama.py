@@ -36,7 +36,14 @@ from jaxtyping import Array, Float, Int
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dense_mask, dot_product_attention
 from jaxblip.models.decoder import DecoderLanguageModel
-from jaxblip.models.layers import KeyValues, Linear, check_heads, check_remat, scan_layers
+from jaxblip.models.layers import (
+    KeyValues,
+    Linear,
+    check_heads,
+    check_remat,
+    float32_sums,
+    scan_layers,
+)
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -161,7 +168,11 @@ class LlamaLanguageModel(DecoderLanguageModel):
         self.final_norm = RmsNorm(c.norm_epsilon, self.dtype)
         if not c.tied_head:
             self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=c.kernel_init, dtype=self.dtype
+                c.vocab_size,
+                use_bias=False,
+                kernel_init=c.kernel_init,
+                dtype=self.dtype,
+                dot_general=float32_sums,
             )
 
     def layer_inputs(self, embeddings, positions, mask):
@@ -173,7 +184,7 @@ class LlamaLanguageModel(DecoderLanguageModel):
         return super().head() if self.config.tied_head else None
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the next token."""
+        """Scores of the next token, in float32."""
         return super().logits(hidden) if self.config.tied_head else self.lm_head(hidden)
 
 

@@ -29,12 +29,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxblip.errors import UserError
 from jaxblip.models.attention import Mask, dot_product_attention, padding_mask
+from jaxblip.models.decoder import token_logits
 from jaxblip.models.dropout import Dropout
 from jaxblip.models.layers import (
     ACTIVATIONS,
     KeyValues,
     check_activation,
     check_remat,
+    float32_sums,
     scan_layers,
 )
 
@@ -131,7 +133,13 @@ class T5LanguageModel(nn.Module):
             axis_size=c.num_decoder_layers,
         )(c, self.dtype)
         if not c.tied_head:
-            self.lm_head = _linear(c.vocab_size, self.dtype)
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                kernel_init=_fan_in(),
+                dtype=self.dtype,
+                dot_general=float32_sums,
+            )
 
     def embed(self, ids: Int[Array, "*batch length"]) -> Float[Array, "*batch length width"]:
         """Word embeddings of `ids`, for either stack."""
@@ -192,9 +200,10 @@ class T5LanguageModel(nn.Module):
         return hidden
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """Scores of the next token."""
+        """Scores of the next token, in float32."""
         if self.config.tied_head:
-            return self.token_embedding.attend(hidden * self.config.width**-0.5)
+            words = self.token_embedding.embedding.astype(self.dtype)
+            return token_logits(hidden * self.config.width**-0.5, words.T)
         return self.lm_head(hidden)
 
 

@@ -22,7 +22,7 @@ from jaxblip.tasks.parts import lora_config, trains
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
-Images = Float[Array, "batch height width 3"]
+Images = Float[Array, "batch *frames height width 3"]
 Features = BFloat16[Array, "batch tokens vision_width"]
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -142,11 +142,11 @@ class Task(abc.ABC):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each field of a global batch, by default of `self.fields`."""
         data = self.config.data
-        size, length = data.image_size_px, data.max_text_tokens
+        size, length, frames = data.image_size_px, data.max_text_tokens, data.get("frames", 1)
         input_length = data.get("max_input_tokens", 0)
         instruction_length = data.get("max_instruction_tokens", 0)
         shapes = {
-            "image": ((size, size, 3), np.uint8),
+            "image": ((*((frames,) if frames > 1 else ()), size, size, 3), np.uint8),
             "image_features": (self._feature_shape(), jnp.bfloat16),
             "text_ids": ((length,), np.int32),
             "text_mask": ((length,), np.bool_),
@@ -188,7 +188,7 @@ class Task(abc.ABC):
             return (batch["image_features"],)
         return (self.normalize_images(batch["image"]),) if "image" in batch else ()
 
-    def normalize_images(self, images: UInt8[Array, "batch height width 3"]) -> Images:
+    def normalize_images(self, images: UInt8[Array, "batch *frames height width 3"]) -> Images:
         """uint8 pixels to the encoder's input, by `data.pixel_mean` and `data.pixel_std`."""
         return normalize_images(images, self.config.data.pixel_mean, self.config.data.pixel_std)
 
@@ -203,7 +203,7 @@ class Task(abc.ABC):
 
 
 def normalize_images(
-    images: UInt8[Array, "batch height width 3"],
+    images: UInt8[Array, "batch *frames height width 3"],
     mean: Sequence[float] = PIXEL_MEAN,
     std: Sequence[float] = PIXEL_STD,
 ) -> Images:

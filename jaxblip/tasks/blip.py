@@ -43,12 +43,13 @@ class BlipRetrievalTask(RetrievalTask):
         )
         vision_rng = None if rng is None else jax.random.fold_in(rng, 3)
         images, *texts = self.model_inputs(batch)
-        features = self.apply(params, images, method="image_features", rng=vision_rng)
+        tokens = self.apply(params, images, method="image_tokens", rng=vision_rng)
+        features = self.apply(params, tokens, method="image_features")
         image_embeds = self.embed_images(params, features)
         text_embeds = self.apply(params, *texts, method="embed_texts", rng=text_rng)
         itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)
         image = self.apply(params, features, method="read_image")
-        itm, itm_accuracy = self._matching(params, image, batch, negatives, match_rng)
+        itm, itm_accuracy = self._matching(params, tokens, image, batch, negatives, match_rng)
         metrics = {
             "itc": itc,
             "itm": itm,

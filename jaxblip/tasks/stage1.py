@@ -51,13 +51,13 @@ class Stage1Task(RetrievalTask):
         )
         vision_rng = None if rng is None else jax.random.fold_in(rng, 3)
         images, text_ids, text_mask = self.model_inputs(batch)
-        features = self.apply(params, images, method="image_features", rng=vision_rng)
-        image = self.apply(params, features, method="read_image")
+        tokens = self.apply(params, images, method="image_tokens", rng=vision_rng)
+        image = self.read_tokens(params, tokens)
         image_embeds, text_embeds, hidden = self.apply(
             params, image, text_ids, text_mask, method="contrast_and_caption", rng=packed_rng
         )
         itc, negatives = self._contrast(params, batch, image_embeds, text_embeds, negative_rng)
-        itm, itm_accuracy = self._matching(params, image, batch, negatives, match_rng)
+        itm, itm_accuracy = self._matching(params, tokens, image, batch, negatives, match_rng)
         itg = chunked_token_cross_entropy(
             partial(self.apply, params, method="word_logits"),
             hidden,

@@ -40,6 +40,17 @@ class Stage2Task(Task):
             return (self.image_field, "text_ids", "text_mask", "input_ids", "input_mask")
         return (self.image_field, "text_ids", "text_mask", "prompt_length")
 
+    def _check(self) -> None:
+        super()._check()
+        data = self.config.data
+        if data.frames < 1:
+            raise UserError(f"data.frames={data.frames} must be 1 or more: 1 is for images.")
+        if data.frames > 1 and data.features:
+            raise UserError(
+                f"data.features={data.features!r} has the features of one image an example, and "
+                f"data.frames={data.frames} wants several: set --config.data.features=."
+            )
+
     def build_model(self) -> Blip2Stage2:
         config = self.config
         # A frozen language model runs without dropout; LAVIS leaves it on for OPT by accident.
@@ -50,15 +61,18 @@ class Stage2Task(Task):
             vision_norm_epsilon=config.model.vision_norm_epsilon,
             dtype=self.dtype,
             connector=make_connector(config, self.dtype),
+            num_frames=config.data.frames,
         )
         visual, text = model.num_visual_tokens, config.data.max_text_tokens
         limit = config.model.language_model.get("max_positions", visual + text)
         if visual + text > limit:
-            name = config.model.connector
+            name, frames = config.model.connector, config.data.frames
             fields = {"qformer": "qformer.num_query_tokens", "perceiver": "perceiver.num_latents"}
             what = f"config.model.{fields[name]}={visual}" if name in fields else (
                 f"The {visual} tokens of the image encoder, which model.connector={name!r} keeps,"
             )  # fmt: skip
+            if frames > 1:
+                what = f"The {visual} visual tokens of data.frames={frames} images"
             raise UserError(
                 f"{what} and data.max_text_tokens={text} together are more than "
                 f"config.model.language_model.max_positions={limit}: lower one of the first two."

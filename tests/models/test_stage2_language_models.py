@@ -19,7 +19,7 @@ from tiny_tasks import fast_jit
 from jaxblip.losses.language_modeling import token_cross_entropy
 from jaxblip.models.attention import bidirectional_mask
 from jaxblip.models.blip2 import Blip2Stage2
-from jaxblip.models.language_models import LANGUAGE_MODELS
+from jaxblip.models.language_models import LANGUAGE_MODELS, make_language_model
 from jaxblip.models.llama import LlamaConfig
 from jaxblip.models.opt import OptConfig
 from jaxblip.models.qformer import QFormer, QFormerConfig
@@ -275,3 +275,22 @@ def test_trainable_parameters_of_instructblip(language_model, millions):
     trained = {name: shapes[name] for name in ("vision_norm", "qformer", "projection")}
     count = sum(leaf.size for leaf in jax.tree.leaves(trained))
     assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptConfig(width=16, **SIZES),
+        *(LlamaConfig(width=16, tied_head=tied, **SIZES) for tied in (False, True)),
+        *(t5_config(tied_head=tied) for tied in (False, True)),
+    ],
+    ids=["opt", "llama", "llama, tied", "t5", "t5, tied"],
+)
+def test_scores_of_words_in_bfloat16_are_sums_that_nothing_rounds(config):
+    model = make_language_model(config, jnp.bfloat16)
+    hidden, kernel = jax.random.normal(jax.random.key(0), (2, VOCAB, 16)).astype(jnp.bfloat16)
+    params = {"token_embedding": {"embedding": kernel}, "lm_head": {"kernel": kernel.T}}
+    logits = model.apply({"params": params}, hidden, method="logits")
+    scale = 16**-0.5 if isinstance(config, T5Config) and config.tied_head else 1.0
+    expected = np.float32(hidden) @ np.float32(kernel).T * scale
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
