@@ -179,7 +179,11 @@ def jaxblip_batches(folder: Path, workers: int, batch_size: int = BATCH_SIZE, si
 
     encoder = TextEncoder(load_tokenizer(folder / "tokenizer"), MAX_TOKENS, "qformer")
     preprocess = Preprocess(
-        ("image", "text_ids", "text_mask"), size_px, encoder, crop_scale=SCALE, crop_aspect=ASPECT
+        ("image", "text_ids", "text_mask"),
+        size_px,
+        encoder=encoder,
+        crop_scale=SCALE,
+        crop_aspect=ASPECT,
     )
     source = open_source(str(folder / "pairs.jsonl"), image_size_px=size_px)
     return TrainBatches(

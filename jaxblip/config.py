@@ -161,10 +161,15 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     # 2 its tokens carry no loss. An encoder reads it, and the Q-Former of InstructBLIP
     data.prompt = ""
     if task != "blip_vqa":
-        # Prompts of which one is drawn for each training example, as in "'a photo of','Q: {} A:'";
-        # () = always data.prompt, which evaluation and generation keep
+        # Prompts of which one is drawn for each training example, as in "'a photo of','Q: {} A:'",
+        # or a family of data/templates.py: caption, vqa, vqg, classification, also as vqa:train
+        # without those of vqa:heldout; () = always data.prompt, which generation keeps
         data.templates = ()
     data.image_size_px = 224  # side of the square images, pixels
+    if task in STAGE2_TASKS:
+        # images of an example, evenly spaced ones of its list, whose visual tokens follow each
+        # other: InstructBLIP reads 4 frames of a video; 1 = one image, of a list the middle one
+        data.frames = 1
     # How an image without augmentation becomes a square: "squash" stretches it, "shortest_edge"
     # resizes its shorter side and takes the centre, as CLIP does
     data.resize = "shortest_edge" if task == "clip" else "squash"
@@ -217,6 +222,9 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     if task in ("stage1", "blip_retrieval"):
         evaluation.rerank_top_k = 128  # candidates re-scored by ITM, facts of COCO retrieval
     if task in STAGE2_TASKS:
+        # Prompts as data.templates, of which each entry has one, the same every time; vqa:heldout
+        # has those that vqa:train has not; () = data.prompt
+        evaluation.templates = ()
         evaluation.num_beams = 5  # beams of beam search; 1 = greedy
         evaluation.length_penalty = 0.0  # exponent: score / length ** penalty
         evaluation.max_new_tokens = 30  # longest generated text, tokens

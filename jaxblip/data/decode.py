@@ -7,6 +7,7 @@ same pixels in less time, straight into an array, and at a smaller size where th
 from __future__ import annotations
 
 import io
+import struct
 from collections import Counter
 
 import numpy as np
@@ -24,6 +25,9 @@ _RGB16_PNG = ("RGB;16B", "RGBA;16B", "LA;16B")
 _DIVISORS = (8, 4, 2, 1)
 # Of other chroma subsamplings, which are rare, small decoded sizes lose colour at sharp edges.
 _SHRINKABLE = ("444", "420")
+# Segments of a JPEG: sizes (of those that are coded in a usual way), the beginning of the pixels,
+# and what changes nothing about how they are to be seen: tables, comments, and JFIF's own.
+_SIZES, _PIXELS, _HARMLESS = (0xC0, 0xC1, 0xC2), 0xDA, (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
@@ -115,6 +119,34 @@ def _to_rgb(image: Image.Image, counted: Counter) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise BadSample("unsupported image", str(error)) from error
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that is plain at the first glance, in a fifth of Pillow's time.
+
+    Where its header has anything but sizes and tables, such as EXIF, it is for Pillow to say
+    whether it `is_plain_jpeg`, and None is returned.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    place, size = 2, None
+    try:
+        while True:
+            begin, marker, length = struct.unpack_from(">BBH", data, place)
+            if begin != 0xFF:
+                return None
+            if marker == _PIXELS:
+                return size
+            if marker in _SIZES:
+                bits, height, width, colours = struct.unpack_from(">BHHB", data, place + 4)
+                if size or bits != 8 or colours != 3 or not height or not width:
+                    return None
+                size = height, width
+            elif marker not in _HARMLESS:
+                return None
+            place += 2 + length
+    except struct.error:  # it ends
+        return None
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:

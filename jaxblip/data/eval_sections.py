@@ -25,7 +25,14 @@ KINDS = {
 }
 QUESTION_KINDS = ("vqa", "okvqa", "gqa")
 # Fields of config.data that an evaluation may have of its own, beside those of config.eval.
-OF_DATA = ("prompt", "max_words", "max_text_tokens", "max_input_tokens", "max_instruction_tokens")
+OF_DATA = (
+    "prompt",
+    "max_words",
+    "max_text_tokens",
+    "max_input_tokens",
+    "max_instruction_tokens",
+    "frames",
+)
 _OF_THE_RUN = ("set", "every_steps", "heldout_examples")  # fields of config.eval that are about all
 
 

@@ -25,7 +25,8 @@ class EvalSet:
     one a question where questions have ids.
 
     Attributes:
-      images: as evaluation sees them (`images.resize_square`); None where they are not read.
+      images: as evaluation sees them (`images.resize_square`), of several frames with an axis more
+        behind the first; None where they are not read.
       captions: of each entry, cleaned, without duplicates, from every example of it.
       image_ids: of each entry, as in the source.
       rows: the image of each entry; without instructions entry i is about image i.
@@ -36,7 +37,7 @@ class EvalSet:
       converted: conversion -> number of images.
     """
 
-    images: UInt8[np.ndarray, "images size size 3"] | None
+    images: UInt8[np.ndarray, "images *frames size size 3"] | None
     captions: list[list[str]]
     image_ids: Int[np.ndarray, " entries"]
     rows: Int[np.ndarray, " entries"]
@@ -56,6 +57,7 @@ def iterate_eval_images(
     instructions: bool = False,
     resize: str = "squash",
     interpolation: str = "bicubic",
+    frames: int = 1,
 ) -> EvalSet:
     """Reads a source once, in order; bad examples are left out and counted.
 
@@ -63,6 +65,7 @@ def iterate_eval_images(
       instructions: whether those of the examples are read.
       max_images: the first so many distinct images, with the captions met until then; 0 for all.
       resize, interpolation: of the images, as in `images.resize_square`.
+      frames: of each, see `images.frame_numbers`; with more than 1 they have an axis of their own.
 
     Raises:
       RunStopped: no example could be used.
@@ -73,6 +76,19 @@ def iterate_eval_images(
     captions: dict[tuple[int, str, Any], dict[str, None]] = {}
     texts: dict[tuple[int, str, Any], list[str]] = {}
     facts: dict[tuple[int, str, Any], dict[str, Any]] = {}
+
+    def square(image):
+        if frames > 1:
+            of_video = image if isinstance(image, list) else [image]
+            squares = [one_square(frame) for frame in of_video]
+            return np.stack([squares[n] for n in images.frame_numbers(len(squares), frames)])
+        return one_square(image)
+
+    def one_square(image):
+        if isinstance(image, bytes):
+            image = decode_image(image, max_pixels, conversions)
+        return images.resize_square(image, image_size_px, resize, interpolation)
+
     for index in range(len(source)):
         if max_images and len(pixels) == max_images:
             break
@@ -88,10 +104,8 @@ def iterate_eval_images(
             if instructions and not instruction:
                 raise BadSample("empty instruction")
             if image_id not in pixels:
-                if isinstance(image, bytes):
-                    image = decode_image(image, max_pixels, conversions)
                 if image is not None:
-                    image = images.resize_square(image, image_size_px, resize, interpolation)
+                    image = square(image)
                 pixels[image_id] = image
         except BadSample as bad:
             skipped[bad.reason] += 1

@@ -13,13 +13,28 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from jaxblip.data.choices import INTERPOLATIONS
-from jaxblip.data.decode import Pixels, decode_jpeg, is_plain_jpeg, load_image, open_image
+from jaxblip.data.decode import (
+    Pixels,
+    decode_jpeg,
+    is_plain_jpeg,
+    load_image,
+    open_image,
+    plain_jpeg_size,
+)
 from jaxblip.data.resample import resample
 
 _RIBBON = 100  # times as long as wide
 # A JPEG may be decoded at a reduced size if its crop is still so many times as large as it will be.
 # Then 99.9 % of the values are within 2/255 of those from the full size; at 2 times within 4/255.
 _MIN_REDUCTION = 2.5
+
+
+def frame_numbers(count: int, wanted: int) -> list[int]:
+    """Which of `count` frames stand for a video: the middle ones of `wanted` equal stretches.
+
+    Where there are fewer, they follow each other more than once, in their order.
+    """
+    return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
 
 
 def resize_square(
@@ -90,11 +105,14 @@ def open_view(
 
     if not isinstance(image, bytes):
         return lambda: by_pillow(image)
-    opened = open_image(image, max_pixels)
-    if not is_plain_jpeg(opened):
-        return lambda: by_pillow(load_image(opened, conversions))
+    height, width = plain_jpeg_size(image) or (0, 0)
+    if not 0 < height * width <= max_pixels:
+        opened = open_image(image, max_pixels)
+        if not is_plain_jpeg(opened):
+            return lambda: by_pillow(load_image(opened, conversions))
+        height, width = opened.height, opened.width
     before = rng.bit_generator.state
-    box = crop_box(opened.height, opened.width, rng, scale, aspect)
+    box = crop_box(height, width, rng, scale, aspect)
     mirrored = rng.random() < flip_probability
     shortest = min(box[2] - box[0], box[3] - box[1])
 
@@ -105,7 +123,7 @@ def open_view(
             return resample(pixels, edges, size_px, interpolation, mirrored)
         except (ValueError, MemoryError):
             rng.bit_generator.state = before
-            return by_pillow(load_image(opened, conversions))
+            return by_pillow(load_image(open_image(image, max_pixels), conversions))
 
     return view
 

@@ -12,6 +12,7 @@ from jaxblip.data.mixture import TrainSource, configs_of_sources, section_of
 from jaxblip.data.packing import PackedSource, PackTexts
 from jaxblip.data.pipeline import Part, TrainBatches
 from jaxblip.data.preprocess import Preprocess, input_tokens
+from jaxblip.data.templates import expanded
 from jaxblip.data.text import fill_prompt
 from jaxblip.data.tokenizers import TextEncoder
 from jaxblip.errors import UserError
@@ -42,12 +43,17 @@ def instruction_encoder(config: ConfigDict, tokenizer: Any) -> TextEncoder:
     return TextEncoder(tokenizer, config.data.max_instruction_tokens, "qformer", truncation=side)
 
 
-def prompt_ids(config: ConfigDict, encoder: TextEncoder, instruction: str = "") -> list[int]:
+def prompt_ids(
+    config: ConfigDict, encoder: TextEncoder, instruction: str = "", prompt: str | None = None
+) -> list[int]:
     """What a language model reads before it generates: the prompt, behind BOS where there is one.
 
     An encoder reads it with an end token behind it, as in training.
+
+    Args:
+      prompt: with {} for the instruction; by default that of the run.
     """
-    prompt = fill_prompt(config.data.prompt, instruction)
+    prompt = fill_prompt(config.data.prompt if prompt is None else prompt, instruction)
     if has_encoder(config):
         return input_tokens(encoder, [prompt], config.data.max_input_tokens)
     ids = encoder.prompt_ids(prompt)
@@ -153,9 +159,10 @@ def make_preprocess(
     return Preprocess(
         fields=fields,
         image_size_px=data.image_size_px,
+        frames=data.get("frames", 1),
         encoder=text_encoder(config, tokenizer),
         prompt=data.prompt,
-        templates=data.get("templates", ()),
+        templates=expanded(data.get("templates", ())),
         max_words=data.max_words,
         max_input_tokens=data.get("max_input_tokens", 0),
         prefix_lm=config.loss.get("prefix_lm", False),

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -75,14 +75,34 @@ class Part:
         return f"{self.name}/" if self.name else ""
 
 
-@dataclasses.dataclass(frozen=True)
 class _Draw:
-    """What an example of a part follows from: its index, and the state of its own generator."""
+    """What an example of a part follows from: its index, and the state of its own generator.
 
-    number: int  # of the part
+    Args:
+      number: of the part.
+      seed: of the part.
+    """
 
-    def __call__(self, index: int, rng: np.random.Generator) -> tuple[int, int, dict[str, Any]]:
-        return self.number, index, rng.bit_generator.state
+    def __init__(self, number: int, seed: int):
+        self._number = number
+        # The states that Grain's `random_map` has given its generators from the first run on, which
+        # it would set in one generator, to be read from there and set in another.
+        [entropy] = np.random.SeedSequence([seed, 2]).generate_state(1)
+        self._key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
+
+    def __call__(self, position: int, index: int) -> tuple[int, int, dict[str, Any]]:
+        counter = np.array([0, 0, 0, position], np.uint64)
+        return self._number, index, _FRESH | {"state": {"counter": counter, "key": self._key}}
+
+
+# The state of a Philox generator that has drawn nothing, without key and counter.
+_FRESH = {
+    "bit_generator": "Philox",
+    "buffer": np.zeros(4, np.uint64),
+    "buffer_pos": 4,
+    "has_uint32": 0,
+    "uinteger": 0,
+}
 
 
 class _Row:
@@ -94,10 +114,10 @@ class _Row:
     def __init__(self, part: Part, number: int, index: int, state: dict[str, Any]):
         self.part, self.number = part, number
         self._index, self._state = index, state
-        self._rng = _generator(state)
+        self.rng = _generator(state)
         self.arrays: dict[str, np.ndarray] | None = None
         self.pixels: np.ndarray | None = None
-        self.counts, self._conversions = Counter(), Counter()
+        self.counts, self.conversions = Counter(), Counter()
         self.first_bad = ""
 
     def read(self) -> None:
@@ -106,13 +126,13 @@ class _Row:
         self._example = example | {"image_id": example["image_id"] ^ self.part.key}
 
     def make_texts(self) -> None:
-        self.arrays = self.part.preprocess.texts(self._example, self._rng)
+        self.arrays = self.part.preprocess.texts(self._example, self.rng)
 
     def open_image(self) -> None:
         preprocess = self.part.preprocess
         if "image" in preprocess.fields:
             image = self._example["image"]
-            self._view = preprocess.open_image(image, self._rng, self._conversions)
+            self._view = preprocess.open_image(image, self.rng, self.conversions)
 
     def make_image(self) -> None:
         preprocess = self.part.preprocess
@@ -120,7 +140,7 @@ class _Row:
             self.pixels[...] = self._view()
         if "image_features" in preprocess.fields:
             views = self._example["image_features"]
-            self.arrays["image_features"] = preprocess.image_features(views, self._rng)
+            self.arrays["image_features"] = preprocess.image_features(views, self.rng)
 
     def find(self) -> None:
         """All stages from the beginning; a bad example is counted, and another drawn in its place.
@@ -129,24 +149,19 @@ class _Row:
         where a whole folder is missing, that would count the rest of it each time one of its images
         comes up, and show the first image behind it again and again.
         """
-        self._rng = _generator(self._state)
+        self.rng.bit_generator.state = self._state
         for _ in range(_MAX_TRIES):
-            self._conversions = Counter()
+            self.conversions = Counter()
             try:
                 for _, stage in _STAGES:
                     stage(self)
             except BadSample as bad:
                 self.counts[bad.reason] += 1
                 self.first_bad = self.first_bad or f"{bad.reason} ({self._detail(bad, stage)})"
-                self._index = int(self._rng.integers(len(self.part.source)))
+                self._index = int(self.rng.integers(len(self.part.source)))
                 self.arrays = None
             else:
                 break
-
-    def all_counts(self) -> list[int]:
-        """Of each of _COUNTED."""
-        counts = self.counts + self._conversions
-        return [counts[name] for name in _COUNTED]
 
     def _detail(self, bad: BadSample, stage: Callable) -> str:
         source = self.part.source
@@ -205,6 +220,7 @@ class _MakeBatch:
             seconds[name] += time.perf_counter() - begin
         for place in bad:
             rows[place].find()
+        _SPARE.extend(row.rng for row in rows)
         counted = self._counted(rows)
         if not counted["lost"].any():
             for field in fields:
@@ -214,26 +230,37 @@ class _MakeBatch:
         return {"arrays": arrays, "shared_place": shared_place} | counted
 
     def _counted(self, rows: Sequence[_Row]) -> dict[str, Any]:
-        counts = np.zeros((len(self.parts), len(_COUNTED)), np.int64)
-        drawn, lost = np.zeros((2, len(self.parts)), np.int64)
-        first_bad = [""] * len(self.parts)
+        counts = [Counter() for _ in self.parts]
+        drawn, lost, first_bad = ([empty] * len(self.parts) for empty in (0, 0, ""))
         for row in rows:
-            counts[row.number] += row.all_counts()
+            counts[row.number].update(row.counts)
+            counts[row.number].update(row.conversions)
             drawn[row.number] += 1
             lost[row.number] += row.arrays is None
             first_bad[row.number] = first_bad[row.number] or row.first_bad
-        return {"counts": counts, "drawn": drawn, "first_bad": first_bad, "lost": lost}
+        return {
+            "counts": np.array([[of_part[name] for name in _COUNTED] for of_part in counts]),
+            "drawn": np.array(drawn),
+            "first_bad": first_bad,
+            "lost": np.array(lost),
+        }
+
+
+_SPARE = deque()  # generators that no row has: to make one takes ten times as long as to set it
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:
-    bits = np.random.Philox(key=0)  # as Grain's; without a key it would make itself one, slowly
-    bits.state = state
-    return np.random.Generator(bits)
+    try:
+        rng = _SPARE.pop()
+    except IndexError:
+        # Without a key it would make itself one, slowly.
+        rng = np.random.Generator(np.random.Philox(key=0))
+    rng.bit_generator.state = state
+    return rng
 
 
-def _images_shape(parts: Sequence[Part], rows: int) -> tuple[int, int, int, int]:
-    size = parts[0].preprocess.image_size_px
-    return rows, size, size, 3
+def _images_shape(parts: Sequence[Part], rows: int) -> tuple[int, ...]:
+    return rows, *parts[0].preprocess.image_shape
 
 
 def _begin_worker(worker_index: int, worker_count: int) -> None:
@@ -296,9 +323,8 @@ def is_death(error: RuntimeError) -> bool:
 def _shuffled(size: int, block: int, seed: int) -> grain.MapDataset:
     """Indices of `size` examples, shuffled anew each epoch by blocks of `block` neighbours."""
     # Every block's j-th example in one order of the blocks, the same for all j, then interleaved.
-    return grain.MapDataset.mix(
-        [grain.MapDataset.range(j, size, block).shuffle(seed=seed) for j in range(block)]
-    )
+    parts = [grain.MapDataset.range(j, size, block).shuffle(seed=seed) for j in range(block)]
+    return grain.MapDataset.mix(parts) if block > 1 else parts[0]
 
 
 def _without_images(part: Part) -> Part:
@@ -312,10 +338,9 @@ def _draws(part: Part, number: int, seed: int) -> grain.MapDataset:
     seed ^= part.key
     return (
         _shuffled(len(part.source), part.shuffle_block, seed)
-        .seed(seed)
         .repeat()
         # Before any slice: the generator of an example follows from its index.
-        .random_map(_Draw(number))
+        .map_with_index(_Draw(number, seed))
     )
 
 
@@ -445,7 +470,7 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
             places = 2 * self._prefetch + 3
             shape = _images_shape(self._parts, rows)
             self._shared = SharedImages(self._num_workers, places, shape)
-        dataset = self._draws[self.examples_seen :][index::count].batch(
+        dataset = self._draws[self.examples_seen + index :: count].batch(
             rows, drop_remainder=True, batch_fn=_MakeBatch(self._parts, self._shared)
         )
         return made_ahead(dataset, self._num_workers, self._prefetch)

@@ -22,6 +22,7 @@ from jaxblip.data.text import (
 )
 from jaxblip.data.tokenizers import TextEncoder, padded_row
 
+Image = bytes | np.ndarray
 OF_IMAGES = ("image", "image_features")
 FIELDS = (
     *OF_IMAGES,
@@ -44,6 +45,7 @@ class Preprocess:
     Attributes:
       fields: which of FIELDS to make; without "image" no image is decoded.
       image_size_px: side of the images: uint8 [size, size, 3].
+      frames: images of an example; with more than 1 they have an axis in front.
       encoder: texts to ids; needed for all fields but "image" and "image_id".
       prompt: stands before every caption, and {} in it for the example's instruction.
       templates: prompts, of which one is drawn each time in the place of `prompt`; () for none.
@@ -66,6 +68,7 @@ class Preprocess:
 
     fields: tuple[str, ...]
     image_size_px: int = 224
+    frames: int = 1
     encoder: TextEncoder | None = None
     prompt: str = ""
     templates: tuple[str, ...] = ()
@@ -134,10 +137,16 @@ class Preprocess:
             arrays["image_id"] = _folded(example["image_id"])
         return {field: arrays[field] for field in self.fields if field not in OF_IMAGES}
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of "image", without a batch axis."""
+        square = self.image_size_px, self.image_size_px, 3
+        return square if self.frames == 1 else (self.frames, *square)
+
     def image(
-        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
+        self, image: Image | list[Image], rng: np.random.Generator, conversions: Counter
     ) -> np.ndarray:
-        """The square of uint8 that training sees; what was converted is added to `conversions`.
+        """What training sees of an image, uint8; what was converted is added to `conversions`.
 
         Raises:
           BadSample: the image cannot be decoded.
@@ -145,9 +154,29 @@ class Preprocess:
         return self.open_image(image, rng, conversions)()
 
     def open_image(
-        self, image: bytes | np.ndarray, rng: np.random.Generator, conversions: Counter
+        self, image: Image | list[Image], rng: np.random.Generator, conversions: Counter
     ) -> Callable[[], np.ndarray]:
-        """`image` in two parts, see `images.open_view`; both raise."""
+        """`image` in two parts, see `images.open_view`; both raise.
+
+        All frames of a video are cropped, mirrored and changed alike.
+        """
+        if self.frames == 1:
+            return self._open_view(image, rng, conversions)
+        video, state = image if isinstance(image, list) else [image], rng.bit_generator.state
+
+        def view(frame: Image) -> np.ndarray:
+            rng.bit_generator.state = state
+            return self._open_view(frame, rng, conversions)()
+
+        def views() -> np.ndarray:
+            seen = list(map(view, video))
+            return np.stack([seen[n] for n in images.frame_numbers(len(seen), self.frames)])
+
+        return views
+
+    def _open_view(
+        self, image: Image, rng: np.random.Generator, conversions: Counter
+    ) -> Callable[[], np.ndarray]:
         view = images.open_view(
             image,
             rng,

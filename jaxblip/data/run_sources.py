@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxblip.data.captions import EachCaption
+from jaxblip.data.eval_sections import KINDS
 from jaxblip.data.eval_set import EvalSet, iterate_eval_images
 from jaxblip.data.heldout import heldout_part, trained_part
 from jaxblip.data.mixture import (
@@ -18,6 +20,7 @@ from jaxblip.data.mixture import (
 )
 from jaxblip.data.samples import Source
 from jaxblip.data.sources import open_source
+from jaxblip.data.templates import expanded
 from jaxblip.data.text import INSTRUCTION
 from jaxblip.errors import UserError
 
@@ -61,7 +64,7 @@ def _open_train_source(config: ConfigDict) -> Source:
             f"data.captions={data.captions!r} is none of {', '.join(CAPTIONS)}: choose one."
         )
     source = trained_part(config, _open(config, data.train.source, data))
-    _check_instructions(config, source, data.train.source, prompts)
+    _check_instructions(config, source, data.train.source, prompts, "data.templates")
     return EachCaption(source) if _why_all(data) else source
 
 
@@ -75,16 +78,18 @@ def read_eval_set(config: ConfigDict, images: bool = True) -> EvalSet:
         source = heldout_part(config, _open(config, name, data))
     if not images and hasattr(source, "without_images"):
         source = source.without_images()
-    _check_instructions(config, source, name, [data.prompt])
+    prompts = eval_prompts(config)
+    _check_instructions(config, source, name, prompts, "eval.templates")
     return iterate_eval_images(
         source,
         data.image_size_px,
         data.max_image_pixels,
         data.max_words,
         config.eval.max_images,
-        reads_instructions(config),
+        reads_instructions(config, prompts),
         data.resize,
         data.interpolation,
+        data.get("frames", 1),
     )
 
 
@@ -119,6 +124,7 @@ def _open(config: ConfigDict, spec: str, section: ConfigDict) -> Source:
         image_size_px=config.data.image_size_px,
         fields=(section if named else config.data).fields.to_dict(),
         image_folder=section.image_folder or config.data.image_folder,
+        frames=config.data.get("frames", 1),
     )
 
 
@@ -139,17 +145,32 @@ def reads_instructions(config: ConfigDict, prompts: Sequence[str] = ()) -> bool:
 
 def train_prompts(config: ConfigDict) -> tuple[str, ...]:
     """Of which one stands before each caption in training."""
-    return config.data.get("templates") or (config.data.prompt,)
+    return expanded(config.data.get("templates", ())) or (config.data.prompt,)
+
+
+def eval_prompts(config: ConfigDict) -> tuple[str, ...]:
+    """Of which one stands before the text of each entry of an evaluation set."""
+    if "classification" in KINDS[config.task]:  # whose templates are about classes
+        return (config.data.prompt,)
+    return expanded(config.eval.get("templates", ())) or (config.data.prompt,)
+
+
+def prompts_of_entries(config: ConfigDict, entries: int) -> list[str]:
+    """That of each entry of an evaluation set; with templates drawn, the same every time."""
+    prompts = eval_prompts(config)
+    chosen = np.random.default_rng(0).integers(len(prompts), size=entries)
+    return [prompts[number] for number in chosen]
 
 
 def _check_instructions(
-    config: ConfigDict, source: Source, name: str, prompts: Sequence[str]
+    config: ConfigDict, source: Source, name: str, prompts: Sequence[str], templates: str
 ) -> None:
+    """Raises UserError where one of `prompts`, of the field `templates`, needs what is not there."""
     reading = [prompt for prompt in prompts if reads_instructions(config, [prompt])]
     if not reading or getattr(source, "has_instructions", False):
         return
-    prompt, field = reading[0], "prompt" if reading[0] == config.data.prompt else "templates"
-    reader = f"data.{field}={prompt!r}" if prompt else config.task
+    prompt, field = reading[0], "data.prompt" if reading[0] == config.data.prompt else templates
+    reader = f"{field}={prompt!r}" if prompt else config.task
     raise UserError(
         f"Examples of {name} have no instruction, which {reader} reads: give each line a "
         '"question" and an "answer", or an "instruction" and an "output".'

@@ -183,8 +183,9 @@ def _texts_of(source: Source, config: ConfigDict, examples: int) -> Iterator[str
     if hasattr(source, "without_images"):
         source = source.without_images()
     # Each prompt before as many captions, also that of evaluation and generation.
-    prompts = itertools.cycle((*config.data.get("templates", ()), config.data.prompt))
-    instructed = reads_instructions(config, train_prompts(config))
+    templates = train_prompts(config)
+    prompts = itertools.cycle(dict.fromkeys((*templates, config.data.prompt)))
+    instructed = reads_instructions(config, templates)
     for index in range(min(examples, len(source))):
         try:
             example = source[index]

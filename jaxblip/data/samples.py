@@ -75,6 +75,7 @@ class Source(Protocol):
     """Random access to examples; small when pickled, because every worker gets a copy.
 
     An example is `{"image": bytes | uint8 [H, W, 3], "captions": [str, ...], "image_id": int}`.
+    Of a video "image" is a list of its frames, where several are read.
     Examples with the same `image_id` show the same picture. Of the captions one is drawn each time;
     repeats are weights. `__getitem__` raises `BadSample` for an example that cannot be read.
 

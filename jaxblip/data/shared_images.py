@@ -15,7 +15,7 @@ from multiprocessing.shared_memory import SharedMemory
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-Images = UInt8[np.ndarray, "batch height width 3"]
+Images = UInt8[np.ndarray, "batch *frames height width 3"]
 
 
 class SharedImages:
@@ -30,7 +30,7 @@ class SharedImages:
       shape: of a batch.
     """
 
-    def __init__(self, workers: int, places: int, shape: tuple[int, int, int, int]):
+    def __init__(self, workers: int, places: int, shape: tuple[int, ...]):
         self._places, self._shape = (workers, places), shape
         size = workers * places * (1 + math.prod(shape))
         self._memory = SharedMemory(create=True, size=size)  # of zeros

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import stat
@@ -18,6 +19,7 @@ from jaxblip.errors import UserError
 _PAUSES_S = (0.1, 1.0, 5.0)  # before the second, third and fourth try
 _LASTING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _LASTING_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EFBIG)
+_KEPT_FILES = 32  # that stay open in each process, of those that are read in parts
 T = TypeVar("T")
 
 
@@ -79,29 +81,86 @@ def unreadable(path: str, error: OSError) -> UserError:
 def read_bytes(path: str, start: int = 0, length: int = -1, most: int = 0) -> bytes:
     """`length` bytes from `start` on, of a file; all by default.
 
-    Opened anew each time, so that threads and workers share no position.
+    Threads and workers share no position. A local file of which a part is read stays open for the
+    next part, as long as its path still leads to it.
 
     Args:
-      most: of a local file; a longer one is an OSError (EFBIG). 0 for no limit.
+      most: of a local file that is read to its end; a longer one is an OSError (EFBIG). 0 for no
+        limit.
 
     Raises:
       OSError: it cannot be read, not for some seconds either.
     """
-
-    def read() -> bytes:
-        with open_file(path) as file, _errors_of_storage():
-            if most and not is_url(path):
-                _check_size(file, path, most)
-            file.seek(start)
-            return file.read(length)
-
-    return retry(read)
+    local = path.removeprefix("file://")
+    if is_url(local):
+        return retry(lambda: _read_url(path, start, length))
+    if length < 0:
+        return retry(lambda: _read_whole(local, start, most))
+    return retry(lambda: _read_part(local, start, length))
 
 
-def _check_size(file, path: str, most: int) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size > most:
-        raise OSError(errno.EFBIG, f"it has {size >> 20} MiB, more than {most >> 20}", path)
+def _read_url(path: str, start: int, length: int) -> bytes:
+    with open_file(path) as file, _errors_of_storage():
+        file.seek(start)
+        return file.read(length)
+
+
+def _read_whole(path: str, start: int, most: int) -> bytes:
+    file = _LocalFile(path)
+    if most and file.size > most:
+        message = f"it has {file.size >> 20} MiB, more than {most >> 20}"
+        raise OSError(errno.EFBIG, message, path)
+    return file.read(start, file.size - start)
+
+
+def _read_part(path: str, start: int, length: int) -> bytes:
+    try:
+        file = _kept_file(path)
+        if not file.is_still(path):
+            _kept_file.cache_clear()
+            file = _kept_file(path)
+        return file.read(start, length)
+    except OSError:
+        _kept_file.cache_clear()  # the next try opens it anew
+        raise
+
+
+class _LocalFile:
+    """A regular file that is open for reading at any position; a fork of the process may go on.
+
+    It is closed when nothing refers to it: not while another thread still reads.
+
+    Raises:
+      OSError: as `open_file` does.
+    """
+
+    def __init__(self, path: str):
+        try:
+            self._descriptor = _open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
+        except ValueError as error:  # of the path
+            raise FileNotFoundError(str(error)) from error
+        status = os.fstat(self._descriptor)
+        self.size, self._identity = status.st_size, (status.st_dev, status.st_ino)
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def is_still(self, path: str) -> bool:
+        """Whether `path` leads to this file, not to another one that has taken its place."""
+        status = os.stat(path)
+        return (status.st_dev, status.st_ino) == self._identity
+
+    def read(self, start: int, length: int) -> bytes:
+        """Fewer bytes where the file ends before."""
+        parts = []
+        while length > 0 and (part := os.pread(self._descriptor, length, start)):
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_kept_file = functools.lru_cache(maxsize=_KEPT_FILES)(_LocalFile)
 
 
 def retry(read: Callable[[], T]) -> T:

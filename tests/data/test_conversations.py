@@ -6,6 +6,9 @@ import re
 import pytest
 
 from hostile import PNG, bad_sample, inspected, opened
+from jaxblip.config import default_config
+from jaxblip.data import inputs, run_sources
+from jaxblip.data.tokenizers import train_wordpiece
 from jaxblip.errors import UserError
 
 
@@ -184,3 +187,37 @@ def test_a_field_map_of_texts_makes_other_columns_none(tmp_path):
     path = tmp_path / "talk.jsonl"
     path.write_text('{"image": "1.png", "title": "a", "messages": "none"}')
     assert opened(path, fields={"captions": "title"})[0]["captions"] == ["a"]
+
+
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+def test_every_answer_of_a_conversation_is_a_target_and_nothing_else(language_model, tmp_path):
+    """Both read what was said before, of which the last tokens stay: those of the question."""
+    path = tmp_path / "talk.json"
+    turns = [f"{who}: {letter}{n}" for n in range(3) for who, letter in (("human", "q"), ("gpt", "a"))]
+    path.write_text(json.dumps([{"image": "1.png", "conversations": said(*turns)}]))
+    config = default_config("instruct", language_model=language_model)
+    config.batch_size, config.data.num_workers, config.data.train.source = 3, 0, str(path)
+    config.data.max_instruction_tokens = 4  # of six tokens, or seven, with those at the ends
+    if language_model == "t5":
+        config.data.max_input_tokens = 4
+    tokenizer = train_wordpiece([turn.split(": ")[1] for turn in turns] * 3, 40)
+    sources = run_sources.open_train_sources(config)
+    texts = ("text", "instruction", *(("input",) if language_model == "t5" else ()))
+    fields = tuple(f"{text}_{part}" for text in texts for part in ("ids", "mask"))
+    fields += ("prompt_length",)
+    with inputs.train_batches(config, fields, sources, tokenizer, (0, 1), None) as batches:
+        batch = next(batches)
+
+    def words(name, row, first=0):
+        ids = batch[f"{name}_ids"][row][batch[f"{name}_mask"][row]][first:]
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    found = {}
+    for row in range(3):
+        behind = int(batch["prompt_length"][row]) if language_model == "opt" else 0
+        read = words("text", row)[: -len(words("text", row, behind))] or words("input", row)
+        found[words("text", row, behind)] = read.strip(), words("instruction", row)
+    # [CLS] and [SEP] of the Q-Former, BOS or an end token of the language model.
+    assert found == {
+        "a0": ("q0", "q0"), "a1": ("q0 a0 q1", "a0 q1"), "a2": ("q1 a1 q2", "a1 q2"),
+    }  # fmt: skip

@@ -274,3 +274,31 @@ def test_of_a_jpeg_that_pillow_would_not_take_nothing_is_decoded():
     for end in range(2, len(data), 7):
         with pytest.raises(ValueError):
             decode.decode_jpeg(data[:end])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 5}])
+def test_the_size_of_a_plain_jpeg_is_known_without_pillow(options):
+    data = encode(Image.fromarray(photo()), "JPEG", comment="a comment", **options)
+    assert decode.plain_jpeg_size(data) == (30, 40)
+    assert decode.is_plain_jpeg(decode.open_image(data, LIMIT))
+    # Up to its first pixels it is known; of a part of the header nothing.
+    sizes = {decode.plain_jpeg_size(data[:length]) for length in range(len(data))}
+    assert sizes == {None, (30, 40)}
+
+
+def test_what_pillow_is_to_look_at_is_no_plain_jpeg():
+    picture = Image.fromarray(photo())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (
+        encode(picture, "JPEG", exif=exif),
+        encode(picture, "JPEG", icc_profile=b"x" * 50),
+        encode(picture.convert("L"), "JPEG"),
+        encode(picture.convert("CMYK"), "JPEG"),
+        encode(picture, "MPO", save_all=True, append_images=[picture]),
+        encode(picture, "PNG"),
+        b"",
+        bytes(range(256)),
+        jpeg(photo())[:2] + b"\xff\xff" + jpeg(photo())[2:],
+    ):
+        assert decode.plain_jpeg_size(data) is None

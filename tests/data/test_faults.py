@@ -1,5 +1,6 @@
 """Killed workers, files that vanish and storage that fails: nothing is lost, nothing hangs."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -154,15 +155,17 @@ def test_storage_that_fails_for_a_while_is_waited_for(tmp_path, monkeypatch):
     with TrainBatches([Part(source, IMAGES)], **SETTINGS) as batches:
         straight = [next(batches) for _ in range(10)]
     monkeypatch.setattr(storage, "_PAUSES_S", (0.01, 0.02, 0.5))
-    failed, opened, down_until = [], storage.open_file, time.monotonic() + 0.4
+    failed, down_until = [], time.monotonic() + 0.4
+    for name, function in (("_open_regular", storage._open_regular), ("pread", os.pread)):
 
-    def open_file(path):
-        if time.monotonic() < down_until:
-            failed.append(path)
-            raise OSError(5, "Input/output error")
-        return opened(path)
+        def failing(*args, function=function):
+            if time.monotonic() < down_until:
+                failed.append(function)
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return function(*args)
 
-    monkeypatch.setattr(storage, "open_file", open_file)
+        # What is open already fails too, and is opened anew.
+        monkeypatch.setattr(os if name == "pread" else storage, name, failing)
     with TrainBatches([Part(source, IMAGES)], **SETTINGS) as batches:
         assert_equal(straight, [next(batches) for _ in range(10)])
         assert not batches.skipped and len(failed) >= 3
@@ -171,14 +174,14 @@ def test_storage_that_fails_for_a_while_is_waited_for(tmp_path, monkeypatch):
 def test_storage_that_stays_away_is_counted(tmp_path, monkeypatch):
     source = write_pairs(tmp_path)
     monkeypatch.setattr(storage, "_PAUSES_S", (0.0, 0.0))
-    opened = storage.open_file
+    opened = storage._open_regular
 
-    def open_file(path):
+    def open_regular(path, flags):
         if path.endswith("7.png"):
             raise OSError(5, "Input/output error")
-        return opened(path)
+        return opened(path, flags)
 
-    monkeypatch.setattr(storage, "open_file", open_file)
+    monkeypatch.setattr(storage, "_open_regular", open_regular)
     with TrainBatches([Part(source, IMAGES)], max_bad_share=0.5, **SETTINGS) as batches:
         for _ in range(20):
             next(batches)

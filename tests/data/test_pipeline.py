@@ -6,11 +6,12 @@ import itertools
 import json
 from collections import Counter
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.pipeline import Part, TrainBatches
+from jaxblip.data.pipeline import Part, TrainBatches, _draws, _generator
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
@@ -45,6 +46,21 @@ def preprocess(encoder):
     return Preprocess(
         ALL, 24, encoder, prompt="a photo of ", flip_probability=0.5, randaugment=True
     )
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_draws_are_those_of_the_random_map_of_grain(preprocess, seed, block):
+    """So they were from the first run on, and runs that go on must see what they would have."""
+    each = [grain.MapDataset.range(j, 20, block).shuffle(seed=seed) for j in range(block)]
+    grains = grain.MapDataset.mix(each).seed(seed).repeat()
+    grains = grains.random_map(lambda index, rng: (index, rng.random(), int(rng.integers(99))))
+    draws = _draws(Part(SOURCE, preprocess, shuffle_block=block), 3, seed)
+    for place in (0, 1, 19, 20, 12345, 2**40):
+        number, index, state = draws[place]
+        rng = _generator(state)
+        assert (number, (index, rng.random(), int(rng.integers(99)))) == (3, grains[place])
+
 
 
 def batches_of(source, preprocess, shuffle_block=1, **kwargs):
