@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxblip.data import inputs, run_sources
-from jaxblip.data.images import resize_square
+from jaxblip.data.images import frame_numbers, resize_square
 from jaxblip.data.text import (
     ANSWER_DECODING,
     INSTRUCTION,
@@ -32,7 +32,7 @@ from jaxblip.data.text import (
     clean_question,
     fill_prompt,
 )
-from jaxblip.data.user_images import ImageLike, list_images, read_image
+from jaxblip.data.user_images import ImageLike, is_video, list_images, read_image
 from jaxblip.decoding.image_to_text import batch_bucket
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.decoding.search import DecodingConfig
@@ -153,8 +153,10 @@ class Model:
     | `clip` | `embed_images`, `embed_texts` |
 
     Images are files, encoded bytes, Pillow images or uint8 arrays, one or a list of them; of any
-    size and colour space. The first call compiles, which takes seconds to minutes. Later ones do
-    not, as long as there are not many more images, nor much longer texts.
+    size and colour space. In the place of an image may stand a video, the list of its frames, of
+    which `config.data.frames` are read: `model.caption([["1.png", "2.png"]])`. The first call
+    compiles, which takes seconds to minutes. Later ones do not, as long as there are not many more
+    images, nor much longer texts.
 
     Attributes:
       workdir, step: the run, and which of its checkpoints.
@@ -461,16 +463,31 @@ class Model:
         rows, texts = _matched(images=list(range(len(pixels))), texts=texts)
         return pixels, np.array(rows), texts
 
-    def _pixels(self, images) -> UInt8[np.ndarray, "images size size 3"]:
+    def _pixels(self, images) -> UInt8[np.ndarray, "images *frames size size 3"]:
         data = self.task.config.data
+        frames = data.get("frames", 1)
         images = list_images(images)
         if not images:
             raise UserError("The list of images is empty: give one at least.")
         how = data.image_size_px, data.resize, data.interpolation
+        if frames == 1 and any(map(is_video, images)):
+            raise UserError(
+                "The model reads one image at a time, and not the frames of a video: give them one "
+                "by one, or set config.data.frames, of a run over a language model, to 4 or so."
+            )
+
+        def square(image):
+            return resize_square(read_image(image, data.max_image_pixels), *how)
+
+        def video(image):
+            of_video = list(image) if is_video(image) else [image]
+            numbers = frame_numbers(len(of_video), frames)
+            return np.stack([square(of_video[number]) for number in numbers])
+
         squares, reasons = [], {}
         for place, image in enumerate(images):
             try:
-                squares.append(resize_square(read_image(image, data.max_image_pixels), *how))
+                squares.append(square(image) if frames == 1 else video(image))
             except UserError as error:
                 reasons[place] = str(error)
         if reasons:

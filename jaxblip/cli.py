@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(options: argparse.Namespace, status: int) -> int:
     """The exit status, unless this is one of several processes, which ends here."""
-    if options.run in (_train, _evaluate, _cache_features):
+    if options.run in (_train, _evaluate, _generate, _cache_features):
         from jaxblip.runtime import leave_peers
 
         leave_peers(status)
@@ -159,6 +159,10 @@ def _parser() -> tuple[
     verb = add("generate", _generate, "write captions of images, or answers", help_texts.GENERATE)
     verb.add_argument("--checkpoint", required=True, metavar="DIR", help="work directory of a run")
     verb.add_argument("--image", required=True, nargs="+", metavar="FILE", help="image files")
+    verb.add_argument(
+        "--video", action="store_true",
+        help="they are the frames of one video, of which --config.data.frames=N are read",
+    )  # fmt: skip
     verb.add_argument("--step", type=int, help="which checkpoint; by default the latest")
     _add_generation(verb)
 
@@ -366,32 +370,38 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from jaxblip.evaluation.verbs import generate, stream
-    from jaxblip.runtime import keep_compilations
+    from jaxblip.evaluation.verbs import generate, say, stream
+    from jaxblip.runtime import join_peers, keep_compilations
     from jaxblip.training.restore import check_overrides
 
-    keep_compilations()
     check_overrides(options.checkpoint, overrides, options.step, by="generation")
-    other = ("verb", "run", "checkpoint", "image", "step", "stream")
+    join_peers()
+    keep_compilations()
+    other = ("verb", "run", "checkpoint", "image", "video", "step", "stream")
     settings = {name: value for name, value in vars(options).items() if name not in other}
     settings |= {"overrides": overrides, "step": options.step}
+    images = [options.image] if options.video else options.image
     unreadable = []  # what is said of them when all others have their texts
     if options.stream:
-        for image, pieces in stream(options.checkpoint, options.image, **settings):
+        for image, pieces in stream(options.checkpoint, images, **settings):
             try:
                 first = next(pieces, "")
             except UnreadableImages as error:
                 unreadable.append(str(error))
                 continue
-            print(f"{image}: {first}", end="", flush=True)
+            say(f"{_named(image)}: {first}", end="")
             for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+                say(piece, end="")
+            say("")
     else:
-        for image, text in generate(options.checkpoint, options.image, **settings):
-            print(f"{image}: {text}")
+        for image, text in generate(options.checkpoint, images, **settings):
+            say(f"{_named(image)}: {text}")
     if unreadable:
         raise UserError("\n".join(unreadable))
+
+
+def _named(image: str | list[str]) -> str:
+    return image if isinstance(image, str) else f"{image[0]} to {image[-1]}"
 
 
 def _convert(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -212,7 +212,10 @@ def default_config(task: str, *, language_model: str = "opt") -> ConfigDict:
     if "retrieval" in KINDS[task]:
         evaluation.folds = 1  # galleries that the set is divided into; COCO 1K: 5
         evaluation.captions_per_image = 0  # first captions of an image that count; 0 = all
-        evaluation.classes = ""  # classification: file with the name of a class a line
+        # Classification and linear probe: file with the name of a class a line
+        evaluation.classes = ""
+        evaluation.probe_source = ""  # linear probe: source of the images that it is fitted to
+        evaluation.probe_l2 = 0.01  # linear probe: weight of the penalty on squared weights
         # Classification: prompts of which a class has the mean, as in "'a photo of {}','a {}'";
         # () = the names alone
         evaluation.templates = ()

@@ -78,6 +78,7 @@ Examples:
   jaxblip generate --checkpoint=DIR --image cat.png --question="What is on the mat?"
   jaxblip generate --checkpoint=DIR --image cat.png --candidates="a cat,a dog,a cow"
   jaxblip generate --checkpoint=DIR --image cat.png --stream
+  jaxblip generate --checkpoint=DIR --video --image frame*.png --config.data.frames=4
 
 The same in Python:
   model = jaxblip.load("DIR"); model.caption(["cat.png"], num_beams=5)

@@ -72,6 +72,7 @@ def test_a_config_loads_locked_and_builds_its_task(name):
 STAGE1 = ("blip2/stage1_vit_g.py", "blip2/stage1_vit_l.py")
 STAGE2 = tuple(name for name in NAMES if name.startswith("blip2/stage2"))
 FLAN_T5 = tuple(name for name in STAGE2 if "flan_t5" in name)
+VICUNA = tuple(name for name in STAGE2 if "vicuna" in name)
 
 
 @pytest.mark.parametrize("name", [*STAGE1, *STAGE2])
@@ -96,7 +97,7 @@ def test_flan_t5_is_trained_as_a_prefix_language_model(name):
         load(f"{name}:lavis")
 
 
-@pytest.mark.parametrize("name", [*STAGE1, *sorted(set(STAGE2) - set(FLAN_T5))])
+@pytest.mark.parametrize("name", [*STAGE1, *sorted(set(STAGE2).difference(FLAN_T5, VICUNA))])
 def test_the_repositorys_values_are_a_variant(name):
     config = load(f"{name}:lavis")
     optimizer = config.optimizer
@@ -107,6 +108,10 @@ def test_the_repositorys_values_are_a_variant(name):
 
 
 def test_a_recipe_that_does_not_exist():
+    with pytest.raises(UserError, match="LAVIS has no recipe of stage 2 with Vicuna.*'paper'"):
+        load(f"{VICUNA[0]}:lavis")
+    with pytest.raises(UserError, match="ViT-L/14 has no recipe '448': use '336'"):
+        load("clip/vit_l_14.py:448")
     with pytest.raises(UserError, match="'fast'.*'paper'.*'lavis'"):
         load("blip2/stage1_vit_g.py:fast")
     with pytest.raises(UserError, match="'huge' of the task blip_caption: use 'base' or 'large'"):
@@ -141,7 +146,12 @@ def test_blip_is_fine_tuned_as_in_its_paper(name, peak_lr, large_lr, epochs, siz
 
 @pytest.mark.parametrize(
     ("name", "batch_size", "length"),
-    [("vicuna_7b", 128, 384), ("flan_t5_xl", 192, 256)],
+    [
+        ("vicuna_7b", 128, 384),
+        ("vicuna_13b", 64, 384),
+        ("flan_t5_xl", 192, 256),
+        ("flan_t5_xxl", 64, 256),
+    ],
 )
 def test_instructblip_is_trained_as_in_its_paper(name, batch_size, length):
     """§2.6, and X-InstructBLIP's YAML file; the defaults of the task are the same."""
@@ -159,9 +169,26 @@ def test_instructblip_is_trained_as_in_its_paper(name, batch_size, length):
     assert optimizer.to_dict() == defaults.optimizer.to_dict()
     data, usual = data.to_dict(), defaults.data.to_dict()
     differing = {field for field in data if data[field] != usual[field]}
-    assert differing <= {"tokenizer", "qformer_tokenizer"}
-    with pytest.raises(UserError, match="one recipe, and none is called 'paper'"):
-        load(f"blip2/instructblip_{name}.py:paper")
+    assert differing <= {"tokenizer", "qformer_tokenizer", "mixture_exponent"}
+    assert config.data.mixture_exponent == 0.5 and not config.data.mixture
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "steps", "size"),
+    [
+        ("vit_b_32", 5e-4, 390_625, 224),
+        ("vit_b_16", 5e-4, 390_625, 224),
+        ("vit_l_14", 4e-4, 390_625, 224),
+        ("vit_l_14.py:336", 2e-5, 12_207, 336),
+    ],
+)
+def test_clip_is_trained_as_in_its_paper(name, peak_lr, steps, size):
+    config = load(f"clip/{name}" if ":" in name else f"clip/{name}.py")
+    optimizer, vision = config.optimizer, config.model.vision
+    assert (config.batch_size, config.steps, optimizer.peak_lr) == (32_768, steps, peak_lr)
+    assert (optimizer.weight_decay, optimizer.b2, optimizer.eps) == (0.2, 0.98, 1e-6)
+    assert config.data.image_size_px == size and size % vision.patch_size_px == 0
+    assert config.model.embed_dim == config.model.text.width == 64 * config.model.text.num_heads
 
 
 def test_blips_captions_have_the_lengths_of_its_code():

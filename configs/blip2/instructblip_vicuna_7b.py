@@ -1,14 +1,15 @@
 """InstructBLIP, EVA-CLIP ViT-g and Vicuna-7B v1.1."""
 
 import instruct
+import sizes
 
 
 def get_config(arg=""):
-    # The sizes of the language model are the defaults; its tokenizer is that of the weights.
+    # Its tokenizer is that of the weights.
     return instruct.instructblip(
         arg,
         "llama",
         batch_size=128,
-        language_model={"vocab_size": 32000},
+        language_model=sizes.VICUNA_7B,
         max_text_tokens=128 + 256,
     )

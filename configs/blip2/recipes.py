@@ -54,6 +54,15 @@ def stage2_flan_t5(recipe, *, vision, language_model):
     return config
 
 
+def stage2_vicuna(recipe, *, vision, language_model):
+    """Stage 2 with Vicuna v1.1, which InstructBLIP starts from (arXiv 2305.06500, §2.6)."""
+    if recipe == "lavis":
+        raise UserError("LAVIS has no recipe of stage 2 with Vicuna: use 'paper' (the default).")
+    config = _stage2(recipe, vision, "llama", language_model)
+    config.batch_size = 1920  # not published; of OPT, the other decoder-only model
+    return config
+
+
 def _stage2(recipe, vision, architecture, language_model):
     config = _common("stage2", recipe, vision, language_model=architecture)
     config.model.language_model.update(language_model)

@@ -31,3 +31,8 @@ _FLAN_T5 = dict(
 )  # fmt: skip
 FLAN_T5_XL = dict(width=2048, num_heads=32, mlp_width=5120, **_FLAN_T5)
 FLAN_T5_XXL = dict(width=4096, num_heads=64, mlp_width=10240, **_FLAN_T5)
+
+# Vicuna v1.1, in the sizes of LLaMA (arXiv 2302.13971, table 2). The vocabulary is that of its
+# tokenizer: LAVIS adds a row for padding, which nothing says.
+VICUNA_7B = dict(vocab_size=32000, width=4096, num_layers=32, num_heads=32, mlp_width=11008)
+VICUNA_13B = dict(vocab_size=32000, width=5120, num_layers=40, num_heads=40, mlp_width=13824)

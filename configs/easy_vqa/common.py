@@ -13,7 +13,7 @@ def set_easy_vqa(config):
 
     config.data.train.source = "easy_vqa:train"
     config.data.prompt = "{}"  # the question
-    config.data.max_text_tokens = 20  # the longest question has 11
+    config.data.max_text_tokens = 36  # a question of up to 11 in an instruction
     config.data.image_size_px = 72  # where small shapes are as large as those of the demo
     config.data.crop_scale = config.data.crop_aspect = (1.0, 1.0)  # a shape may lie at the edge
     config.data.flip_probability = 0.5  # nothing here speaks of left and right

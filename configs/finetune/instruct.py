@@ -7,5 +7,5 @@ from jaxblip.config import default_config
 def get_config(arg=""):
     config = default_config("instruct")
     common.set_schedule(config)
-    config.data.mixture_exponent = 0.5  # §2.5: several sources by the square root of their size
+    config.data.mixture_exponent = 0.5  # §2.4: several sources by the square root of their size
     return config

@@ -13,14 +13,15 @@ from jaxblip.errors import UserError
 
 # What is measured, and by which tasks; the first of a task's kinds is its default.
 _OF_TEXTS = ("captions", "vqa", "okvqa", "gqa", "loss")
+_OF_BOTH = ("retrieval", "classification", "linear_probe", "loss")
 KINDS = {
     "blip_caption": ("captions", "loss"),
-    "blip_retrieval": ("retrieval", "classification", "loss"),
+    "blip_retrieval": _OF_BOTH,
     "blip_vqa": ("vqa", "okvqa", "gqa", "captions", "loss"),
-    "clip": ("retrieval", "classification", "loss"),
+    "clip": _OF_BOTH,
     "instruct": _OF_TEXTS,
     "language_model": ("loss",),
-    "stage1": ("retrieval", "classification", "loss"),
+    "stage1": _OF_BOTH,
     "stage2": _OF_TEXTS,
 }
 QUESTION_KINDS = ("vqa", "okvqa", "gqa")

@@ -159,7 +159,6 @@ def make_preprocess(
     return Preprocess(
         fields=fields,
         image_size_px=data.image_size_px,
-        frames=data.get("frames", 1),
         encoder=text_encoder(config, tokenizer),
         prompt=data.prompt,
         templates=expanded(data.get("templates", ())),
@@ -173,6 +172,7 @@ def make_preprocess(
         ),
         max_instruction_tokens=data.get("max_instruction_tokens", 0),
         captions_per_text=data.get("captions_per_text", 1),
+        frames=data.get("frames", 1),
         crop_scale=tuple(data.crop_scale),
         crop_aspect=tuple(data.crop_aspect),
         interpolation=data.interpolation,

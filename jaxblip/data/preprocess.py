@@ -45,7 +45,6 @@ class Preprocess:
     Attributes:
       fields: which of FIELDS to make; without "image" no image is decoded.
       image_size_px: side of the images: uint8 [size, size, 3].
-      frames: images of an example; with more than 1 they have an axis in front.
       encoder: texts to ids; needed for all fields but "image" and "image_id".
       prompt: stands before every caption, and {} in it for the example's instruction.
       templates: prompts, of which one is drawn each time in the place of `prompt`; () for none.
@@ -59,6 +58,7 @@ class Preprocess:
       instruction_encoder: the prompt (without one, the instruction by itself) to "instruction_ids".
       max_instruction_tokens: of the prompt that stands before a caption, BOS included: of a longer
         one the first tokens are left out; 0 for no limit.
+      frames: images of an example; with more than 1 they have an axis in front.
       crop_scale, crop_aspect: of `random_resized_crop`; (1, 1) twice is the whole (square) image.
       interpolation: the filter of its resizing, of `choices.INTERPOLATIONS`.
       flip_probability: of mirroring; must be 0 where captions speak of left and right.
@@ -68,7 +68,6 @@ class Preprocess:
 
     fields: tuple[str, ...]
     image_size_px: int = 224
-    frames: int = 1
     encoder: TextEncoder | None = None
     prompt: str = ""
     templates: tuple[str, ...] = ()
@@ -78,6 +77,7 @@ class Preprocess:
     prefix_lm: bool = False
     instruction_encoder: TextEncoder | None = None
     max_instruction_tokens: int = 0
+    frames: int = 1
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"

@@ -165,7 +165,7 @@ def prompts_of_entries(config: ConfigDict, entries: int) -> list[str]:
 def _check_instructions(
     config: ConfigDict, source: Source, name: str, prompts: Sequence[str], templates: str
 ) -> None:
-    """Raises UserError where one of `prompts`, of the field `templates`, needs what is not there."""
+    """Raises UserError where one of `prompts` (of the field `templates`) has nothing to read."""
     reading = [prompt for prompt in prompts if reads_instructions(config, [prompt])]
     if not reading or getattr(source, "has_instructions", False):
         return

@@ -1,10 +1,10 @@
 """Templates of instructions, by the family of tasks that they ask for.
 
 InstructBLIP draws one of 13 templates for each caption, of 10 for each question and of 6 for each
-question to be asked (arXiv 2305.06500, appendix C). These are as many, of the same kinds, in words
-of our own. {} is the place of an example's instruction: the question, or of `vqg` the answer.
-Those whose outputs are short say so, so that a model does not learn to be short whatever it is
-asked (§2.3).
+question to be asked (arXiv 2305.06500, appendix). These are as many, of the same kinds, in words of
+our own but for the prompts that BLIP-2 and InstructBLIP are evaluated with. {} is the place of an
+example's instruction: the question, or of `vqg` the answer. Those whose outputs are short say so,
+so that a model does not learn to be short whatever it is asked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jaxblip.errors import UserError
 
 FAMILIES = {
     "caption": (
-        "A short image caption.",  # as in the paper's evaluations
+        "A short image caption.",
         "Describe the image briefly.",
         "Write a short caption for this picture.",
-        "A short image description.",  # likewise
+        "A short image description.",
         "In a few words, what does the image show?",
         "Say in one short sentence what can be seen here.",
         "Give a brief summary of the photo.",

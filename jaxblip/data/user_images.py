@@ -83,7 +83,7 @@ def _shown(image: ImageLike) -> str:
 
 
 def list_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """One image as a list of one; an array of four axes is a list already, of five one of videos."""
+    """One image as a list of one; an array of four axes is a list already, of five too."""
     if isinstance(images, str | os.PathLike | bytes | Image.Image):
         return [images]
     if hasattr(images, "ndim"):

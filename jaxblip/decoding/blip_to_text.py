@@ -61,8 +61,8 @@ class BlipToAnswer(BlipToText):
         question = prompt_ids, prompt_valid
         return question_source(self.task.model, params, features[index], *question)
 
-    def prompt_of_example(self, instruction: str = "") -> Prompt:
-        return self.prompt(instruction)
+    def prompt_of_example(self, instruction: str = "", prompt: str | None = None) -> Prompt:
+        return self.prompt(instruction)  # by itself, without any prompt
 
     def _prompt_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
         longest, limit = max(len(prompt.tokens) for prompt in prompts), self._positions()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxblip.decoding.causal import CausalDecoder
 from jaxblip.decoding.encoder_decoder import EncoderDecoder
 from jaxblip.decoding.search import Decoder, DecodingConfig, run_search
+from jaxblip.sharding import rows_stay_split
 
 # Layers up to this size are held twice, for faster steps: up to those of OPT-2.7B in bfloat16.
 TAKEN_APART_BYTES = 6 * 2**30
@@ -119,6 +122,21 @@ def all_said(
     """What a repetition penalty counts; in transformers, too, a start token counts as said."""
     said = [ids for ids in (decoder.start_ids(batch), said_ids) if ids is not None]
     return jnp.concatenate(said, axis=1) if said else None
+
+
+def jit_on_mesh(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of what is computed for rows that are split as in training, see `training.step`.
+
+    Kernels that the compiler cannot split split themselves, and the parameters of `fsdp` are
+    gathered, not the rows.
+    """
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any, **kwargs: Any) -> Any:
+        with rows_stay_split(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return jax.jit(on_mesh, **options)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

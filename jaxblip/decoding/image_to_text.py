@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxblip import sharding
 from jaxblip.data import inputs
-from jaxblip.decoding.generation import compiler_options, decode, prefill
+from jaxblip.decoding.generation import compiler_options, decode, jit_on_mesh, prefill
 from jaxblip.decoding.ranking import candidate_log_likelihoods, read_input
 from jaxblip.decoding.search import DecodingConfig
 from jaxblip.decoding.streaming import advance_stream, begin_stream, text_pieces
@@ -76,7 +76,7 @@ class ImageToText:
         self.encoder = inputs.text_encoder(task.config, tokenizer)
         self._whole = NamedSharding(mesh, PartitionSpec())
         rows = sharding.batch_sharding(mesh)
-        jit = partial(jax.jit, compiler_options=compiler_options(mesh))
+        jit = partial(jit_on_mesh, mesh=mesh, compiler_options=compiler_options(mesh))
         self._encode = jit(self._visual_tokens, out_shardings=rows)
         compiled = partial(jit, static_argnames="config")
         self._prefill = jit(self._prefilled, static_argnames=("max_new_tokens", "num_beams"))
@@ -109,9 +109,13 @@ class ImageToText:
         """What is read of the words of a user."""
         return Prompt(self.prompt_tokens(text))
 
-    def prompt_of_example(self, instruction: str = "") -> Prompt:
-        """What is read of an example of training or evaluation, cut off as in training."""
-        return Prompt(inputs.prompt_ids(self.task.config, self.encoder, instruction))
+    def prompt_of_example(self, instruction: str = "", prompt: str | None = None) -> Prompt:
+        """What is read of an example of training or evaluation, cut off as in training.
+
+        Args:
+          prompt: with {} for the instruction; by default that of the run.
+        """
+        return Prompt(inputs.prompt_ids(self.task.config, self.encoder, instruction, prompt))
 
     def prompt_tokens(self, text: str) -> list[int]:
         """What the language model reads of a prompt: with BOS, or for an encoder an end token."""

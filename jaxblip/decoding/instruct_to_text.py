@@ -13,6 +13,7 @@ from jaxblip import sharding
 from jaxblip.data import inputs
 from jaxblip.data.text import fill_prompt
 from jaxblip.data.tokenizers import TextEncoder
+from jaxblip.decoding.generation import jit_on_mesh
 from jaxblip.decoding.image_to_text import (
     SHORTEST_PROMPT,
     Batch,
@@ -37,16 +38,17 @@ class InstructToText(ImageToText):
         # The task's `max_instruction_tokens` is about training; a user's words stay if they can.
         self._reads = TextEncoder(qformer_tokenizer, self._max_tokens, "qformer", truncation="left")
         rows = sharding.batch_sharding(mesh)
-        self._query = jax.jit(self._queried, out_shardings=rows)
+        self._query = jit_on_mesh(self._queried, mesh, out_shardings=rows)
 
     def prompt(self, text: str) -> Prompt:
         """What both read of the words of a user; the Q-Former as many as it has positions."""
         return super().prompt(text)._replace(instruction=_tokens(self._reads, text))
 
-    def prompt_of_example(self, instruction: str = "") -> Prompt:
-        prompt = super().prompt_of_example(instruction)
-        text = fill_prompt(self.task.config.data.prompt, instruction) or instruction
-        return prompt._replace(instruction=_tokens(self._trained_on, text))
+    def prompt_of_example(self, instruction: str = "", prompt: str | None = None) -> Prompt:
+        prompt = self.task.config.data.prompt if prompt is None else prompt
+        text = fill_prompt(prompt, instruction) or instruction
+        read = super().prompt_of_example(instruction, prompt)
+        return read._replace(instruction=_tokens(self._trained_on, text))
 
     def _visual_tokens(self, params, images):
         return self.task.apply(params, self.task.normalize_images(images), method="image_features")

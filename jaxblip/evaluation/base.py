@@ -107,6 +107,7 @@ class Evaluation(abc.ABC):
         if not self.predictions:
             return []
         images = (self.set.images[row] for row in self.set.rows)
+        images = (image if image.ndim == 3 else image[len(image) // 2] for image in images)
         texts = self.set.instructions, self.predictions, self.references()
         return [
             {"image": image, "asked": asked, "predicted": text, "references": references}

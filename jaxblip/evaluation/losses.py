@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxblip.data import inputs
+from jaxblip.data import inputs, run_sources
 from jaxblip.data.text import fill_prompt, join_prompt
+from jaxblip.decoding.generation import jit_on_mesh
 from jaxblip.evaluation.base import Evaluation, Metrics, Parts
 from jaxblip.evaluation.kept import Kept
 from jaxblip.evaluation.retrieval import similarity
@@ -39,9 +42,13 @@ class LossEvaluation(Evaluation):
         fields = scored.fields[1:]  # behind the image
         tokenizers = parts.tokenizer, parts.qformer_tokenizer
         preprocess = inputs.make_preprocess(scored.config, fields, *tokenizers)
+        prompts = run_sources.prompts_of_entries(self.config, len(self.set.rows))
         examples, images = [], []
-        entries = zip(self.set.rows, self.set.captions, self.set.instructions, strict=True)
-        for row, captions, instruction in entries:
+        entries = zip(
+            self.set.rows, self.set.captions, self.set.instructions, prompts, strict=True
+        )
+        for row, captions, instruction, prompt in entries:
+            preprocess = dataclasses.replace(preprocess, prompt=prompt)
             for caption in captions:
                 example = {"captions": [caption], "instruction": instruction}
                 examples.append(preprocess.texts(example, np.random.default_rng(0)))
@@ -105,6 +112,7 @@ class InBatchEvaluation(Evaluation):
         size = min(self.config.batch_size, len(self.set.images))
         # A smaller batch may not divide over the devices; then each of them has all of it.
         self._divides = size % batch_shards(self._mesh) == 0
+        jit = partial(jit_on_mesh, mesh=self._mesh) if self._divides else jax.jit
         ids, mask = self._encode([captions[0] for captions in self.set.captions])
         fields = {
             "image": self.set.images,
@@ -117,7 +125,7 @@ class InBatchEvaluation(Evaluation):
             for first in range(0, len(ids) - size + 1, size)
         ]
         task = _scored_task(self.task)
-        self._measured = jax.jit(
+        self._measured = jit(
             lambda params, frozen, batch: _in_batch(task, merge_params(params, frozen), batch),
             out_shardings=NamedSharding(self._mesh, PartitionSpec()),
         )

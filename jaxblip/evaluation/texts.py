@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from jaxblip.data import run_sources
 from jaxblip.data.text import fill_prompt
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.evaluation import captions, vqa
@@ -27,6 +28,7 @@ class CaptionEvaluation(Evaluation):
 
     def _prepare(self, parts: Parts) -> None:
         self._model = make_image_to_text(*parts)
+        self._prompts = run_sources.prompts_of_entries(self.config, len(self.set.rows))
 
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
         self.predictions = self._generate(params, frozen, kept or Kept())
@@ -53,7 +55,7 @@ class CaptionEvaluation(Evaluation):
     def _generate(self, params: Params, frozen: Params, kept: Kept) -> list[str]:
         model, data = self._model, self.set
         everything = merge_params(params, frozen)
-        prompts = list(map(model.prompt_of_example, data.instructions))
+        prompts = list(map(model.prompt_of_example, data.instructions, self._prompts))
 
         def batches(start: int):
             return model.generate_batches(
@@ -86,8 +88,9 @@ class AnswerEvaluation(CaptionEvaluation):
         self._lemma = vqa.english_lemma() if self.kind == "okvqa" else None
 
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
-        prompt = self.config.data.prompt
-        self.notes = [f"Questions are asked as {prompt!r}."] if prompt else []
+        asked = run_sources.eval_prompts(self.config)
+        how = f"in {len(asked)} ways, such as" if asked[1:] else "as"
+        self.notes = [f"Questions are asked {how} {asked[0]!r}."] if any(asked) else []
         return super().run(params, frozen, kept)
 
     def score(self, predictions: Sequence[str]) -> Metrics:
@@ -136,20 +139,18 @@ class AnswerEvaluation(CaptionEvaluation):
         def batches(start: int):
             for first in range(start, len(data.rows), size):
                 asked = data.instructions[first : first + size]
+                prompts = self._prompts[first : first + size]
                 scores = model.rank(
                     everything,
                     data.images,
-                    list(map(model.prompt_of_example, asked)),
-                    [candidates(self._prompt_text(instruction)) for instruction in asked],
+                    list(map(model.prompt_of_example, asked, prompts)),
+                    # An answer's first word is tokenized in the light of what stands before it.
+                    list(map(candidates, map(fill_prompt, prompts, asked))),
                     rows=data.rows[first : first + size],
                 )
                 yield [answers[best] for best in scores.argmax(axis=1)]
 
         return kept.collect("texts", batches)
-
-    def _prompt_text(self, instruction: str) -> str:
-        """What stands before an answer, in whose light its first word is tokenized."""
-        return fill_prompt(self.config.data.prompt, instruction)
 
 
 def answer_type(answers: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ from jaxblip.overrides import apply_overrides
 from jaxblip.training.checkpoints import CONFIG_FILE, saved_steps
 from jaxblip.training.restore import Run, at_step, load_run
 
+Picture = str | Sequence[str]  # an image file, or the files of a video's frames
 _POLL_S = 30  # between two looks for a new checkpoint
 
 
@@ -114,7 +115,7 @@ def _evaluate_step(workdir: str, run: Run, evaluations: Evaluations) -> Metrics:
     what = [f"Step {run.step} of {workdir} on {each.source}. {each.describe()}"
             for each in evaluations]  # fmt: skip
     for evaluation, line in zip(evaluations, what, strict=True):
-        _say(line)
+        say(line)
         kept.append(kept_in(folder, evaluation, run.step))
         metrics = evaluation.run(run.params, run.frozen, kept[-1])
         _print(evaluation, metrics)
@@ -122,26 +123,26 @@ def _evaluate_step(workdir: str, run: Run, evaluations: Evaluations) -> Metrics:
     names = write_results(folder, run.step, found, what, time.perf_counter() - begin)
     for results in kept:
         results.remove()
-    _say(f"Written to {workdir}: {', '.join(names)}")
+    say(f"Written to {workdir}: {', '.join(names)}")
     return prefixed(found)
 
 
 def _print(evaluation: Evaluation, metrics: Metrics) -> None:
     for name, value in metrics.items():
-        _say(f"{name:>15} {value:.4f}")
+        say(f"{name:>15} {value:.4f}")
     for line in (*detail_lines(evaluation), *evaluation.notes):
-        _say(line)
+        say(line)
 
 
-def _say(line: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Prints, where one process of several speaks for all."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(text, end=end, flush=True)
 
 
 def generate(
     checkpoint: str,
-    images: Sequence[str],
+    images: Sequence[Picture],
     overrides: Sequence[str] = (),
     step: int | None = None,
     *,
@@ -150,10 +151,11 @@ def generate(
     context: str = "",
     candidates: str | None = None,
     **decoding: Any,
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[Picture, str]]:
     """Texts about image files by a run that can make some: (file, text), one or several of each.
 
     Args:
+      images: files, or lists of files, which are the frames of a video.
       prompt: words that the captions go on from; with a question, a text in which {} stands for it.
       question: to be answered about each image.
       context: what to know before the question.
@@ -176,7 +178,7 @@ def generate(
             )
     model = load(checkpoint, step=step, overrides=overrides)
 
-    def describe(images: Sequence[str]) -> list[tuple[str, str]]:
+    def describe(images: Sequence[Picture]) -> list[tuple[Picture, str]]:
         if candidates is not None:
             return _ranked(model, images, texts, _prompt(model, prompt, question, context))
         if question is None:
@@ -190,8 +192,8 @@ def generate(
 
 
 def _ranked(
-    model: Model, images: Sequence[str], texts: list[str], prompt: str | None
-) -> list[tuple[str, str]]:
+    model: Model, images: Sequence[Picture], texts: list[str], prompt: str | None
+) -> list[tuple[Picture, str]]:
     lines = []
     for path, row in zip(images, model.rank(images, texts, prompt).astype(np.float64), strict=True):
         probabilities = np.exp(row - np.logaddexp.reduce(row))
@@ -201,8 +203,8 @@ def _ranked(
 
 
 def _of_readable(
-    describe: Callable[[Sequence[str]], list[tuple[str, str]]], images: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+    describe: Callable[[Sequence[Picture]], list[tuple[Picture, str]]], images: Sequence[Picture]
+) -> Iterator[tuple[Picture, str]]:
     """What is described of the readable images; behind it `UnreadableImages` of the others."""
     try:
         yield from describe(images)
@@ -214,7 +216,7 @@ def _of_readable(
 
 def stream(
     checkpoint: str,
-    images: Sequence[str],
+    images: Sequence[Picture],
     overrides: Sequence[str] = (),
     step: int | None = None,
     *,
@@ -223,7 +225,7 @@ def stream(
     context: str = "",
     candidates: str | None = None,
     **decoding: Any,
-) -> Iterator[tuple[str, Iterator[str]]]:
+) -> Iterator[tuple[Picture, Iterator[str]]]:
     """As `generate`, but each text in pieces, as they come; without candidates and beams."""
     settings = _settings(question, context, decoding)
     settings.check_stream()
@@ -236,7 +238,7 @@ def stream(
     text = _prompt(model, prompt, question, context)
     defaults = {} if question is None else ANSWER_DECODING
     given = {name: value for name, value in decoding.items() if value is not None}
-    return ((path, model.stream(path, text, **(defaults | given))) for path in images)
+    return ((path, model.stream([path], text, **(defaults | given))) for path in images)
 
 
 def _settings(question: str | None, context: str, decoding: dict[str, Any]) -> Decoding:
@@ -257,7 +259,9 @@ def _read_candidates(candidates: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The candidates {candidates!r} cannot be read: {error}.") from error
     texts = candidates.split(",") if parts is None else parts
-    texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    texts = [text.strip() for text in texts if text.strip()]
+    if twice := [text for place, text in enumerate(texts) if text in texts[:place]]:
+        raise UserError(f"candidates={candidates!r} has {twice[0]!r} twice: leave one out.")
     if len(texts) < 2:
         found = f"has {len(texts)} text(s)" if parts else f"are {len(texts)} text(s) and no file"
         raise UserError(

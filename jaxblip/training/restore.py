@@ -41,6 +41,7 @@ _OF_GENERATION = (
     "data.prompt",
     "data.max_words",
     "data.stop_token",
+    "data.frames",
     "data.resize",
     "data.interpolation",
     "data.pixel_mean",

@@ -193,7 +193,7 @@ def test_a_field_map_of_texts_makes_other_columns_none(tmp_path):
 def test_every_answer_of_a_conversation_is_a_target_and_nothing_else(language_model, tmp_path):
     """Both read what was said before, of which the last tokens stay: those of the question."""
     path = tmp_path / "talk.json"
-    turns = [f"{who}: {letter}{n}" for n in range(3) for who, letter in (("human", "q"), ("gpt", "a"))]
+    turns = [text for n in range(3) for text in (f"human: q{n}", f"gpt: a{n}")]
     path.write_text(json.dumps([{"image": "1.png", "conversations": said(*turns)}]))
     config = default_config("instruct", language_model=language_model)
     config.batch_size, config.data.num_workers, config.data.train.source = 3, 0, str(path)
