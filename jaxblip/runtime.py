@@ -16,12 +16,12 @@ from jaxblip.errors import UserError
 
 # What tells a process of its peers where nothing else does; `launch/local.py` sets them.
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_SAY_WAITING_AFTER_S, _GIVE_UP_AFTER_S = 20, 300
 TIMEOUTS_S = {
-    "initialization_timeout": 300,
+    "initialization_timeout": 330,  # never reached: JAX would end the process with a dump of C++
     "heartbeat_timeout_seconds": 100,  # after which a process that is silent counts as dead
     "shutdown_timeout_seconds": 300,
 }
-_SAY_WAITING_AFTER_S = 20
 # What JAX says where it finds none, and where it is too late, since a program has used devices.
 _NO_PEERS = (
     "coordinator_address should be defined",
@@ -38,7 +38,8 @@ def join_peers(environ: Mapping[str, str] = os.environ) -> None:
     """Connects this process with the others of its run, before anything touches a device.
 
     They are found by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as JAX does
-    by itself under Slurm, Open MPI and on the hosts of a TPU. A process alone stays alone.
+    by itself under Slurm, Open MPI and on the hosts of a TPU. A process alone stays alone. Where
+    they do not meet in time, the process ends with a sentence and exit status 2.
 
     Raises:
       UserError: the variables contradict each other, or the port of process 0 is taken.
@@ -49,18 +50,13 @@ def join_peers(environ: Mapping[str, str] = os.environ) -> None:
             return  # JAX would take the first GPU for its only one
         settings = {"local_device_ids": _gpus_of_slurm_task(environ)}
     where = environ.get(COORDINATOR, "process 0")
-    # What JAX says when it gives up is a dump of C++.
-    patience = threading.Timer(
-        _SAY_WAITING_AFTER_S,
-        lambda: print(
-            f"jaxblip: waiting for the other processes of this run at {where}, at most "
-            f"{TIMEOUTS_S['initialization_timeout']} s: see that all are started and reach it.",
-            file=sys.stderr,
-            flush=True,
-        ),
-    )
-    patience.daemon = True
-    patience.start()
+    timers = [
+        threading.Timer(_SAY_WAITING_AFTER_S, _say_waiting, [where]),
+        threading.Timer(_GIVE_UP_AFTER_S, _give_up, [where]),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         with warnings.catch_warnings():
             # In a pod alone there is nobody to be found.
@@ -68,15 +64,37 @@ def join_peers(environ: Mapping[str, str] = os.environ) -> None:
             jax.distributed.initialize(**settings, **TIMEOUTS_S)
         sys.excepthook = _leave_after_error
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"The processes of this run did not meet at {where} ({str(error).splitlines()[0]}): "
-            "see that its port is free on the host of process 0, and that the others reach it."
-        ) from error
+        raise UserError(_not_met(where, str(error).splitlines()[0])) from error
     except (RuntimeError, ValueError) as error:
         if not any(said in str(error) for said in _NO_PEERS):
             raise
     finally:
-        patience.cancel()
+        for timer in timers:
+            timer.cancel()
+
+
+def _say_waiting(where: str) -> None:
+    print(
+        f"jaxblip: waiting for the other processes of this run at {where}, at most "
+        f"{_GIVE_UP_AFTER_S} s: see that all are started and reach it.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _give_up(where: str) -> None:
+    """Ends the process, whose main thread waits inside JAX."""
+    reason = _not_met(where, f"not within {_GIVE_UP_AFTER_S} s")
+    print(f"jaxblip: error: {reason}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _not_met(where: str, why: str) -> str:
+    return (
+        f"The processes of this run did not meet at {where} ({why}): see that all are started with "
+        f"the same {COORDINATOR}, that its port is free on the host of process 0, and that the "
+        "others reach it there, past any firewall."
+    )
 
 
 def _named_peers(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Which peers a process has, by its environment; and where compiled programs are kept."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def test_peers_are_named_by_variables(joined):
     (settings,) = joined
     assert settings["coordinator_address"] == "127.0.0.1:1234"
     assert (settings["num_processes"], settings["process_id"]) == (2, 1)
-    assert settings["initialization_timeout"] == 300
+    assert settings["initialization_timeout"] > runtime._GIVE_UP_AFTER_S
     assert settings["heartbeat_timeout_seconds"] == 100
     assert settings["shutdown_timeout_seconds"] == 300
 
@@ -105,6 +106,33 @@ def test_a_long_wait_for_peers_is_said_once(monkeypatch, capfd):
     monkeypatch.setattr(runtime.sys, "excepthook", runtime.sys.excepthook)
     runtime.join_peers(LOCAL)
     assert capfd.readouterr().err.count("waiting for the other processes of this run at 127") == 1
+
+
+def test_peers_that_never_come_end_the_wait_with_one_sentence(tmp_path):
+    """Process 0 waits for another one, and process 1 for an address where nobody is."""
+    code = (
+        "from jaxblip import runtime; runtime._SAY_WAITING_AFTER_S = 60;"
+        "runtime._GIVE_UP_AFTER_S = 2; runtime.join_peers()"
+    )
+    waiting = []
+    for index in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = "{}:{}".format(*free.getsockname())
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | variables | {"JAX_PROCESS_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        waiting.append((process, address))
+    for process, address in waiting:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2
+        (line,) = said.splitlines()
+        assert f"did not meet at {address} (not within 2 s): see that all are started" in line
 
 
 @pytest.mark.parametrize(

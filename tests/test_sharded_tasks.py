@@ -111,6 +111,7 @@ FROZEN_LAYERS = 6  # more than are written out when compiled
 def stage2_over_fsdp():
     """The step of stage 2 over 8 devices, compiled, with frozen parts that dwarf all else."""
     config = tiny_config("stage2")
+    config.loss.vocab_chunk = 2  # of the 6 positions
     for part in ("vision", "language_model"):
         config.model[part].update(num_layers=FROZEN_LAYERS, width=64, mlp_width=512)
     step, state, frozen, mesh, task = start(config, {"data": 1, "fsdp": 8, "tensor": 1})
@@ -135,10 +136,23 @@ def test_frozen_parameters_are_gathered_a_layer_at_a_time(stage2_over_fsdp):
     gathered = collectives(compiled, "all-gather")
     assert max(size for size, _ in gathered) == largest_layer
     # Six kernels a block, in the image encoder and in the language model there and back, and the
-    # words' embedding for each chunk of text positions.
+    # words' embedding for the chunks of text positions.
     assert sum(in_loop for _, in_loop in gathered) == 6 * 3 + 1
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 4
+
+
+def test_the_word_embeddings_are_gathered_once_for_all_chunks(stage2_over_fsdp):
+    compiled, _ = stage2_over_fsdp
+    program = hlo.parse(compiled.as_text())
+    times = hlo.executions(program)
+    gathers = [
+        times[name]
+        for name, computation in program.computations.items()
+        for each in computation.values()
+        if each.opcode == "all-gather" and ".logits" in each.attributes
+    ]
+    assert gathers == [1]
 
 
 def test_layers_wait_for_parameters_alone(stage2_over_fsdp):

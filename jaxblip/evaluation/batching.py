@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxblip import sharding
+from jaxblip.decoding.generation import jit_on_mesh
 from jaxblip.errors import UserError
 from jaxblip.training.state import Params, merge_params
 
@@ -81,10 +82,11 @@ class RowMap:
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if function not in self._compiled:
-            self._compiled[function] = jax.jit(
+            self._compiled[function] = jit_on_mesh(
                 lambda params, frozen, whole, *batch: function(
                     merge_params(params, frozen), *whole, *batch
                 ),
+                self.mesh,
                 out_shardings=NamedSharding(self.mesh, PartitionSpec()),
             )
         return self._compiled[function]

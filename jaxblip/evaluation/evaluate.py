@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxblip.data.eval_sections import KINDS, configs_of_evaluations
 from jaxblip.errors import UserError
 from jaxblip.evaluation.base import Evaluation, Metrics, Parts
+from jaxblip.evaluation.linear_probe import LinearProbeEvaluation
 from jaxblip.evaluation.losses import InBatchEvaluation, LossEvaluation
 from jaxblip.evaluation.matching import ClassificationEvaluation, RetrievalEvaluation
 from jaxblip.evaluation.texts import AnswerEvaluation, CaptionEvaluation
@@ -25,6 +26,7 @@ _KINDS: dict[str, type[Evaluation]] = {
     "gqa": AnswerEvaluation,
     "retrieval": RetrievalEvaluation,
     "classification": ClassificationEvaluation,
+    "linear_probe": LinearProbeEvaluation,
     "loss": LossEvaluation,
 }
 

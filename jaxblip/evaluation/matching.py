@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float
 
+from jaxblip.data.eval_set import EvalSet
 from jaxblip.data.text import clean_caption
+from jaxblip.decoding.generation import jit_on_mesh
 from jaxblip.errors import UserError
 from jaxblip.evaluation import retrieval
 from jaxblip.evaluation.base import Evaluation, Metrics, Parts
@@ -97,10 +99,11 @@ class RetrievalEvaluation(_Matching):
         self._texts_of = partial(_texts_of_images, k=settings.get("rerank_top_k", 1))
         self._images_of = partial(_images_of_texts, k=settings.get("rerank_top_k", 1))
         spec = batch_sharding(self._mesh).spec
-        self._read = jax.jit(
+        self._read = jit_on_mesh(
             lambda params, frozen, features: self.task.apply(
                 merge_params(params, frozen), features, method="read_image"
             ),
+            self._mesh,
             out_shardings=NamedSharding(self._mesh, PartitionSpec(None, *spec)),
         )
 
@@ -184,32 +187,39 @@ class ClassificationEvaluation(_Matching):
 
     def _prepare(self, parts: Parts) -> None:
         super()._prepare(parts)
+        self._true = self._classes_of(self.set, self.source)
+        self._compare = _compare
+
+    def _classes_of(self, images: EvalSet, source: str) -> Bool[np.ndarray, "images classes"]:
+        """Of which classes each image is; UserError where some are of none."""
         number = {name: place for place, name in enumerate(self._names)}
         of_images = [
             {number[text.strip()] for text in texts if text.strip() in number}
-            for texts in self.set.texts
+            for texts in images.texts
         ]
         unknown = Counter(
-            texts[0] for texts, known in zip(self.set.texts, of_images, strict=True) if not known
+            texts[0] for texts, known in zip(images.texts, of_images, strict=True) if not known
         )
         if unknown:
             name, times = unknown.most_common(1)[0]
             raise UserError(
-                f"{unknown.total()} of {len(of_images)} images of {self.source} are of no class of "
+                f"{unknown.total()} of {len(of_images)} images of {source} are of no class of "
                 f"{self.config.eval.classes}, such as {name!r} ({times}): write the names "
                 "as the captions have them."
             )
-        self._true = np.zeros((len(of_images), len(self._names)), bool)
+        true = np.zeros((len(of_images), len(self._names)), bool)
         for row, classes in enumerate(of_images):
-            self._true[row, list(classes)] = True
-        self._compare = _compare
+            true[row, list(classes)] = True
+        return true
 
     def run(self, params: Params, frozen: Params, kept: Kept | None = None) -> Metrics:
         max_words = self.config.data.max_words
         prompts = [clean_caption(prompt, max_words) for prompt in self._prompts]
         _, images, _, _, words = self._embedded(params, frozen, prompts)
         classes = self._map.whole_array(class_embeddings(words, len(self._names)))
-        scores = self._map(self._compare, params, frozen, images, whole=(classes,))
+        return self._accuracies(self._map(self._compare, params, frozen, images, whole=(classes,)))
+
+    def _accuracies(self, scores: Float[np.ndarray, "images classes"]) -> Metrics:
         # the place of the first true one, ties behind all others
         best = np.where(self._true, scores, -np.inf).max(axis=1, keepdims=True)
         ranks = ((scores >= best) & ~self._true).sum(axis=1)

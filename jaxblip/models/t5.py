@@ -10,10 +10,11 @@ implementation: transformers `modeling_t5.py`. What sets T5 apart from the other
 - keys and values of the encoder's output depend on the input alone, so they are computed once
   (`T5LanguageModel.read_encoder`) and serve every pass of the decoder over it.
 
-In bfloat16 all matrix products are bfloat16 with float32 accumulation; attention scores, softmax
-and the statistics of the norms are float32. The `down` map is no exception: transformers keeps its
-counterpart (`wo`) in float32 only where the model is float16, whose range the feed-forward network
-of the large sizes exceeds. bfloat16 has the range of float32. float16 is not supported.
+In bfloat16 all matrix products are bfloat16 with float32 accumulation; attention scores, softmax,
+the statistics of the norms and the scores of words are float32. The `down` map is no exception:
+transformers keeps its counterpart (`wo`) in float32 only where the model is float16, whose range
+the feed-forward network of the large sizes exceeds. bfloat16 has the range of float32. float16 is
+not supported.
 """
 
 from __future__ import annotations

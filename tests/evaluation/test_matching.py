@@ -17,6 +17,7 @@ from jaxblip.data.tokenizers import train_wordpiece
 from jaxblip.errors import UserError
 from jaxblip.evaluation.evaluate import Evaluations
 from jaxblip.evaluation.kept import Kept
+from jaxblip.evaluation.linear_probe import fit
 from jaxblip.tasks import make_task
 from jaxblip.training.state import split_params
 from tiny_tasks import fast_jit, random_params, shallow, tiny_config
@@ -109,7 +110,10 @@ def pairs_in_all(found):
     return len(found.set.images) // 2 * sum(len(c) for c in found.set.captions[:3]) * 2
 
 
-def test_a_list_of_classes_with_templates_is_compared_by_hand(tokenizer, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["clip", "stage1"])
+def test_a_list_of_classes_with_templates_is_compared_by_hand(
+    name, tokenizer, monkeypatch, tmp_path
+):
     monkeypatch.setattr(jax, "jit", fast_jit)
     names, rng = ["red circle", "blue square", "green ring", "large star", "small cross", "tree"], 0
     rows = []
@@ -122,16 +126,21 @@ def test_a_list_of_classes_with_templates_is_compared_by_hand(tokenizer, monkeyp
     templates = ("a photo of {}", "a {}")
     settings = {"kind": "classification", "source": str(tmp_path / "a.jsonl"),
                 "classes": str(tmp_path / "classes.txt"), "templates": templates}  # fmt: skip
-    found, params = evaluation("clip", tokenizer, **settings)
+    found, params = evaluation(name, tokenizer, **settings)
     metrics = found.run(params, {})
-    images = np.asarray(found.task.embed_images(params, found.set.images))
+    if name == "stage1":  # the nearest of several queries counts
+        features = found.task.image_features(params, found.set.images)
+        images = np.asarray(found.task.embed_images(params, features))
+        assert images.shape[1] > 1
+    else:
+        images = np.asarray(found.task.embed_images(params, found.set.images))[:, None]
     of_classes = []
-    for name in names:
-        ids = found._encode([template.replace("{}", name) for template in templates])
+    for each in names:
+        ids = found._encode([template.replace("{}", each) for template in templates])
         words = np.asarray(found.task.embed_texts(params, *ids))
         mean = np.mean([w / np.linalg.norm(w) for w in words], axis=0)
         of_classes.append(mean / np.linalg.norm(mean))
-    order = np.argsort(-images @ np.array(of_classes).T, axis=1)
+    order = np.argsort(-(images @ np.array(of_classes).T).max(axis=1), axis=1)
     for k in (1, 5):
         hits = [row in order[row][:k] for row in range(5)]
         assert metrics[f"top{k}_accuracy"] == np.mean(hits)
@@ -150,6 +159,52 @@ def test_a_list_of_classes_with_templates_is_compared_by_hand(tokenizer, monkeyp
     with pytest.raises(UserError, match="'a photo' of eval.templates has {} 0 times"):
         (tmp_path / "classes.txt").write_text("\n".join(names))
         evaluation("clip", tokenizer, **(settings | {"templates": ("a photo",)}))
+
+
+@pytest.mark.parametrize("name", ["clip", "stage1"])
+def test_a_linear_probe_finds_what_is_there_and_trains_nothing_else(
+    name, tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(jax, "jit", fast_jit)
+    colours, rng = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}, 0
+    for split, count in (("train", 24), ("test", 9)):
+        rows = []
+        for row in range(count):
+            rng = np.random.default_rng((row, count))
+            colour = list(colours)[row % 3]
+            pixels = np.clip(colours[colour] + rng.normal(0, 20, (8, 8, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{split}{row}.png")
+            rows.append({"image": f"{split}{row}.png", "caption": colour})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    (tmp_path / "classes.txt").write_text("\n".join(colours))
+    settings = {"kind": "linear_probe", "source": str(tmp_path / "test.jsonl"), "max_images": 0,
+                "classes": str(tmp_path / "classes.txt")}  # fmt: skip
+    with pytest.raises(UserError, match="config.eval.probe_source is empty"):
+        evaluation(name, tokenizer, **settings)
+    settings["probe_source"] = str(tmp_path / "train.jsonl")
+    found, params = evaluation(name, tokenizer, **settings)
+    assert found.run(params, {}) == {"top1_accuracy": 1.0, "top5_accuracy": 1.0}
+    assert found.predictions == [list(colours)[row % 3] for row in range(9)]
+    assert found.notes == [f"The classifier was fitted to 24 images of {tmp_path}/train.jsonl."]
+    with pytest.raises(UserError, match="8 of 24 images of .*train.jsonl are of no class"):
+        (tmp_path / "classes.txt").write_text("red\ngreen\nyellow")
+        evaluation(name, tokenizer, **(settings | {"source": settings["probe_source"]}))
+
+
+def test_the_classifier_of_a_linear_probe_is_the_best_one():
+    rng = np.random.default_rng(0)
+    features, targets = rng.normal(size=(40, 5)), np.eye(3)[rng.integers(3, size=40)]
+
+    def loss(weights, l2):
+        logits = jax.nn.log_softmax(features @ weights[:-1] + weights[-1])
+        return -(targets * logits).sum(1).mean() + l2 / 2 * (weights[:-1] ** 2).sum()
+
+    for l2 in (0.01, 1.0):
+        slope = np.asarray(jax.grad(loss)(fit(features, targets, l2), l2))
+        np.testing.assert_allclose(slope, 0, atol=1e-4)
+    strong, weak = (np.abs(fit(features, targets, l2)[:-1]).sum() for l2 in (1.0, 0.01))
+    assert strong < weak / 3
 
 
 @pytest.mark.parametrize("name", ["stage2", "blip_caption"])

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxblip.api import load
 from jaxblip.cli import main
 from jaxblip.config import load_config
 from jaxblip.data import run_tokenizers
+from jaxblip.data.run_sources import prompts_of_entries
 from jaxblip.data.tokenizers import load_tokenizer
 from jaxblip.decoding.image_to_text import ImageToText
 from jaxblip.evaluation import captions
@@ -207,6 +209,7 @@ BAD_ARGUMENTS = {
     "--sample --num-beams=5": "--sample and --num-beams=5 exclude each other",
     "--candidates=a,b --stream": "nothing to stream",
     "--candidates=a,b --max-new-tokens=5": "--max-new-tokens=5 has no effect",
+    "--candidates=a,b,a": "candidates='a,b,a' has 'a' twice: leave one out",
     "--candidates=no_such_file.txt": "candidates='no_such_file.txt' are 1 text(s)",
     "--stream --num-beams=5": "--num-beams=5 cannot be streamed",
     "--stream --num-captions=2": "--num-captions=2 cannot be streamed",
@@ -229,3 +232,40 @@ def test_the_help_of_generate_shows_examples(capsys):
         main(["generate", "--help"])
     shown = capsys.readouterr().out
     assert "--candidates=\"a cat,a dog,a cow\"" in shown and "--max-new-tokens" in shown
+
+
+def test_instructions_by_templates_and_by_others_at_test_time(run, tmp_path, monkeypatch):
+    picture, questions = tmp_path / "1.png", [f"is it {shade}?" for shade in ("red", "blue")]
+    Image.fromarray(np.full((30, 30, 3), 90, np.uint8)).save(picture)
+    lines = [{"image": str(picture), "question": text, "answer": "no"} for text in questions] * 4
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    workdir, config = run(
+        "instruct-llama", f"data.train.source={data}", "data.templates=vqa:train",
+        "data.max_text_tokens=64", "data.max_instruction_tokens=32",
+    )  # fmt: skip
+    answers = tmp_path / "answers.txt"
+    answers.write_text("no\nyes\nred\n")
+    metrics = evaluate(workdir, [
+        f"eval.set.open.source={data}", "eval.set.open.kind=vqa",
+        "eval.set.open.templates=vqa:heldout",
+        f"eval.set.listed.source={data}", "eval.set.listed.kind=vqa",
+        "eval.set.listed.templates=vqa:heldout", f"eval.set.listed.answers={answers}",
+        f"eval.set.seen.source={data}", "eval.set.seen.kind=loss",
+        "eval.set.seen.templates=vqa:train",
+        f"eval.set.plain.source={data}", "eval.set.plain.kind=loss",
+    ])  # fmt: skip
+    assert metrics["seen/loss"] != metrics["plain/loss"]  # whose prompt is the question alone
+    model = load(workdir, overrides=["eval.templates=vqa:heldout"])
+    templates = prompts_of_entries(model.task.config, len(questions))
+    for name in "open", "listed":
+        written = (Path(workdir) / f"predictions-{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["instruction"] for line in written] == questions
+        for line, question, template in zip(written, questions, templates, strict=True):
+            prompt = template.replace("{}", question)
+            if name == "open":
+                (expected,) = model.caption(picture, prompt, num_beams=1, max_new_tokens=5)
+            else:
+                scores = model.rank(picture, ["no", "yes", "red"], prompt)
+                expected = ["no", "yes", "red"][int(scores.argmax())]
+            assert json.loads(line)["caption"] == expected

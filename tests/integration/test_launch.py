@@ -114,3 +114,33 @@ def test_sigterm_saves_the_same_step_everywhere_and_one_process_goes_on_from_it(
         load_params(workdir),
         load_params(on_one_process),
     )
+
+
+def test_two_processes_evaluate_as_one_and_count_each_example_once(
+    on_one_process, tmp_path, monkeypatch
+):
+    settings = {"source": "shapes:heldout", "max_images": 10, "batch_size": 8}
+    overrides = [f"--config.eval.{name}={value}" for name, value in settings.items()]
+    for name in ("one", "two"):
+        shutil.copytree(on_one_process, tmp_path / name)
+    command = [sys.executable, "-m", "jaxblip.cli", "evaluate", f"--workdir={tmp_path / 'two'}"]
+    done = subprocess.run(
+        ["launch/local.py", "--processes=2", "--devices-per-process=4", "--", *command, *overrides],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"\[(\d)\] Written to", done.stdout) == ["0"]
+    monkeypatch.chdir(ROOT)
+    assert main(["evaluate", f"--workdir={tmp_path / 'one'}", *overrides]) == 0
+
+    def read(name):
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        return results, list(map(json.loads, lines))
+
+    (ours, predicted), (theirs, expected) = read("two"), read("one")
+    assert len({row["image_id"] for row in predicted}) == len(predicted) == 10
+    assert predicted == expected
+    assert ours == pytest.approx(theirs, rel=1e-5) and "i2t_r1" in ours
+    assert not list((tmp_path / "two").glob(".*.new"))
