@@ -30,6 +30,7 @@ setup(
         "huggingface_hub",
         "ml_collections",
         "numpy",
+        "scipy",  # the optimiser of the linear probe
         "jaxtyping",
         "pillow",
         "simplejpeg>=1.9",  # decodes JPEGs into arrays, at a reduced size where that will do
