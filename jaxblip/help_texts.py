@@ -54,8 +54,9 @@ Evaluates a checkpoint, prints the metrics, and writes into the work directory
 Killed and started again, it goes on where it was.
 
 --config.eval.source names the data, --config.eval.kind what is measured: captions, vqa, okvqa,
-gqa, retrieval, classification, linear_probe or loss; by default what the task is for. Several evaluations are
-sections with names, --config.eval.set.NAME.source=... and so on; see docs/evaluation.md.
+gqa, retrieval, classification, linear_probe or loss; by default what the task is for. Several
+evaluations are sections with names, --config.eval.set.NAME.source=... and so on; see
+docs/evaluation.md.
 
 {OF_A_RUN}
 Examples:

@@ -186,7 +186,7 @@ def _from_run(config: ConfigDict, origin: Origin, tree: Params, stored: Stored) 
                 f"{', '.join(sorted(trained))}. Name another source in config.init."
             )
         have = trained[part]
-        if part == "vision":
+        if part == "vision" and "position_embedding" in shapes:  # not factors alone
             have = _fitted_encoder(have, shapes, origin.source)
         if part == "qformer" and TEXT_SIDE in shapes and TEXT_SIDE not in have:  # of stage 2
             shapes, lacking = _without_text_side(shapes)
