@@ -99,6 +99,9 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 def markdown(name: str, found: dict) -> str:
     """One row of the table: the best that was found."""
     tried = found["tried"]
+    if not tried:
+        why = f"not planned: {found['note'].splitlines()[0]}"
+        return f"| {name} | {found['topology']} | {why} |" + " |" * (len(COLUMNS) - 3)
     if found["best"] is None:
         least = min(tried, key=lambda each: each["memory"]["total"], default=None)
         why = "nothing that was tried fits"
@@ -108,20 +111,24 @@ def markdown(name: str, found: dict) -> str:
     best = tried[found["best"]]
     memory, modelled = best["memory"], best["modelled"]
     state = memory["trainable"] + memory["optimizer"] + memory["frozen"]
-    times = ", ".join(f"{seconds:.2f}" for seconds in modelled["times_s"].values())
-    cells = (
+    cells = [
         name,
         found["topology"],
         _setting(best),
         f"{state / 2**30:.1f} + {(memory['total'] - state) / 2**30:.1f}",
         f"{best['operations'] / 1e15:.2f}",
+    ]
+    if not modelled:  # XLA cannot read the program back
+        return f"| {' | '.join([*cells, *['?'] * 5])} | {best['compile_s']:.0f} s |"
+    times = ", ".join(f"{seconds:.2f}" for seconds in modelled["times_s"].values())
+    cells += [
         f"{sum(best['collectives'].values()) / 1e9:.1f}",
         f"**{modelled['step_s']:.2f}** ({times})",
         f"{modelled['images_per_second'] / found['num_chips']:.1f}",
         f"{modelled['days']:.1f}",
         f"{modelled['chip_hours']:,.0f}",
         f"{best['compile_s']:.0f} s",
-    )
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -67,7 +67,9 @@ class Compilation:
       traffic: bytes that a chip reads from and writes to its memory.
       collectives: kind -> bytes on a chip.
       times: resource -> seconds that it needs for a step; {} where the chip's peaks are not known.
-      problem: why it did not compile; then there are neither traffic nor times.
+      unread: XLA could not read the compiled program back. Then there are neither traffic nor
+        times, nor operations of a chip.
+      problem: why it did not compile; then there are neither, too.
     """
 
     topology: str
@@ -83,6 +85,7 @@ class Compilation:
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     trace_s: float = 0.0
     compile_s: float = 0.0
+    unread: bool = False
     problem: str = ""
 
     @property
@@ -255,9 +258,11 @@ def _measured(found: Compilation, topology: Topology, mesh: Mesh, compiled: Any)
     memory = dataclasses.replace(
         found.memory, temporary=analysis.temp_size_in_bytes + max(0, results)
     )
-    spent = costs.costs(
-        compiled.as_text(), num_devices=mesh.size, is_tpu=topology.platform == "tpu"
-    )
+    try:
+        program = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # of some of libtpu's, as with asynchronous parts for v5p
+        return dataclasses.replace(found, memory=memory, unread=True)
+    spent = costs.costs(program, num_devices=mesh.size, is_tpu=topology.platform == "tpu")
     moved: collections.Counter[str] = collections.Counter()
     for each in spent.collectives:
         moved[each.kind] += each.bytes * each.times

@@ -56,6 +56,10 @@ def of_compilation(each: Compilation, steps: int) -> Iterator[str]:
         return
     fit = "" if not each.memory.capacity else "fits: " if each.fits else "does not fit: "
     yield f"    {fit}{memory_breakdown(each.memory)}"
+    if each.unread:
+        yield f"    operations a step: {_big(each.operations)}, by the model"
+        yield "    XLA cannot read this program back, so what it moves and its time stay unknown"
+        return
     yield (
         f"    operations a step: {_big(each.operations)}, by the model; "
         f"{_big(each.operations_per_chip)} a chip as compiled"

@@ -86,7 +86,7 @@ def parts():
     return AbstractStep.of(small())
 
 
-def made_up(config, topology, *, temporary_gib, network_s=0.0):
+def made_up(config, topology, *, temporary_gib, network_s=0.0, unread=False):
     """A compilation without a compiler: temporaries by the row, less with rematerialisation."""
     sizes = sharding.mesh_sizes(config.mesh, topology.num_chips)
     memory = parts().memory(sizes)
@@ -100,7 +100,7 @@ def made_up(config, topology, *, temporary_gib, network_s=0.0):
     times = {"computation": 1.0, "memory": 0.5, "network": network_s / sizes["tensor"]}
     return Compilation(
         topology.name, topology.num_chips, sizes, config.batch_size, remat, memory, 10**15,
-        times=times, compile_s=1.0,
+        times={} if unread else times, unread=unread, compile_s=1.0,
     )  # fmt: skip
 
 
@@ -130,6 +130,16 @@ class TestSearch:
         text = "\n".join(report.lines(found))
         assert "fits: 2.0 of 15.8 GiB a chip: parameters that train 0.00" in text
         assert "at most 32 images/s; 10 steps in 0.0 days or 0 chip-hours at least" in text
+
+    def test_a_program_that_cannot_be_read_back(self):
+        """Its memory is known, its time is not, and no other setting is looked for."""
+        config = small()
+        config.batch_size = 32
+        found = searched(config, temporary_gib=1.0, unread=True)
+        text = "\n".join(report.lines(found))
+        assert "fits: 2.0 of 15.8 GiB" in text and "XLA cannot read this program back" in text
+        assert found.tried == (found.asked,) and "images/s" not in text
+        assert report.as_json(found)["tried"][0]["modelled"] == {}
 
     def test_what_does_not_fit_is_computed_again(self):
         config = small()
