@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxblip.data import inputs, run_sources
-from jaxblip.data.images import frame_numbers, resize_square
+from jaxblip.data.images import is_video, of_frames, resize_square
 from jaxblip.data.text import (
     ANSWER_DECODING,
     INSTRUCTION,
@@ -32,7 +32,7 @@ from jaxblip.data.text import (
     clean_question,
     fill_prompt,
 )
-from jaxblip.data.user_images import ImageLike, is_video, list_images, read_image
+from jaxblip.data.user_images import ImageLike, list_images, read_image
 from jaxblip.decoding.image_to_text import batch_bucket
 from jaxblip.decoding.make import make_image_to_text
 from jaxblip.decoding.search import DecodingConfig
@@ -479,15 +479,10 @@ class Model:
         def square(image):
             return resize_square(read_image(image, data.max_image_pixels), *how)
 
-        def video(image):
-            of_video = list(image) if is_video(image) else [image]
-            numbers = frame_numbers(len(of_video), frames)
-            return np.stack([square(of_video[number]) for number in numbers])
-
         squares, reasons = [], {}
         for place, image in enumerate(images):
             try:
-                squares.append(square(image) if frames == 1 else video(image))
+                squares.append(of_frames(square, image, frames))
             except UserError as error:
                 reasons[place] = str(error)
         if reasons:

@@ -78,13 +78,6 @@ def iterate_eval_images(
     facts: dict[tuple[int, str, Any], dict[str, Any]] = {}
 
     def square(image):
-        if frames > 1:
-            of_video = image if isinstance(image, list) else [image]
-            squares = [one_square(frame) for frame in of_video]
-            return np.stack([squares[n] for n in images.frame_numbers(len(squares), frames)])
-        return one_square(image)
-
-    def one_square(image):
         if isinstance(image, bytes):
             image = decode_image(image, max_pixels, conversions)
         return images.resize_square(image, image_size_px, resize, interpolation)
@@ -105,7 +98,7 @@ def iterate_eval_images(
                 raise BadSample("empty instruction")
             if image_id not in pixels:
                 if image is not None:
-                    image = square(image)
+                    image = images.of_frames(square, image, frames)
                 pixels[image_id] = image
         except BadSample as bad:
             skipped[bad.reason] += 1

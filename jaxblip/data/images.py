@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -35,6 +36,24 @@ def frame_numbers(count: int, wanted: int) -> list[int]:
     Where there are fewer, they follow each other more than once, in their order.
     """
     return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
+
+
+def is_video(image: Any) -> bool:
+    """Whether it is a list of frames."""
+    return isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+
+
+def of_frames(function: Callable[[Any], np.ndarray], image: Any, frames: int) -> np.ndarray:
+    """`function` of an image; with `frames` > 1 of so many of a video's, with an axis in front.
+
+    An image by itself is a video of one.
+    """
+    if frames == 1:
+        return function(image)
+    video = list(image) if is_video(image) else [image]
+    numbers = frame_numbers(len(video), frames)
+    made = {number: function(video[number]) for number in dict.fromkeys(numbers)}
+    return np.stack([made[number] for number in numbers])
 
 
 def resize_square(

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxblip.data.draws import Draw, generator, give_back
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import (
     CONVERSIONS,
@@ -76,36 +77,6 @@ class Part:
         return f"{self.name}/" if self.name else ""
 
 
-class _Draw:
-    """What an example of a part follows from: its index, and the state of its own generator.
-
-    Args:
-      number: of the part.
-      seed: of the part.
-    """
-
-    def __init__(self, number: int, seed: int):
-        self._number = number
-        # The states that Grain's `random_map` has given its generators from the first run on, which
-        # it would set in one generator, to be read from there and set in another.
-        [entropy] = np.random.SeedSequence([seed, 2]).generate_state(1)
-        self._key = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
-
-    def __call__(self, position: int, index: int) -> tuple[int, int, dict[str, Any]]:
-        counter = np.array([0, 0, 0, position], np.uint64)
-        return self._number, index, _FRESH | {"state": {"counter": counter, "key": self._key}}
-
-
-# The state of a Philox generator that has drawn nothing, without key and counter.
-_FRESH = {
-    "bit_generator": "Philox",
-    "buffer": np.zeros(4, np.uint64),
-    "buffer_pos": 4,
-    "has_uint32": 0,
-    "uinteger": 0,
-}
-
-
 class _Row:
     """An example on its way into a batch; `arrays` is None where no good one was found.
 
@@ -115,7 +86,7 @@ class _Row:
     def __init__(self, part: Part, number: int, index: int, state: dict[str, Any]):
         self.part, self.number = part, number
         self._index, self._state = index, state
-        self.rng = _generator(state)
+        self.rng = generator(state)
         self.arrays: dict[str, np.ndarray] | None = None
         self.pixels: np.ndarray | None = None
         self.counts, self.conversions = Counter(), Counter()
@@ -221,7 +192,7 @@ class _MakeBatch:
             seconds[name] += time.perf_counter() - begin
         for place in bad:
             rows[place].find()
-        _SPARE.extend(row.rng for row in rows)
+        give_back(row.rng for row in rows)
         counted = self._counted(rows)
         if not counted["lost"].any():
             for field in fields:
@@ -245,19 +216,6 @@ class _MakeBatch:
             "first_bad": first_bad,
             "lost": np.array(lost),
         }
-
-
-_SPARE = deque()  # generators that no row has: to make one takes ten times as long as to set it
-
-
-def _generator(state: dict[str, Any]) -> np.random.Generator:
-    try:
-        rng = _SPARE.pop()
-    except IndexError:
-        # Without a key it would make itself one, slowly.
-        rng = np.random.Generator(np.random.Philox(key=0))
-    rng.bit_generator.state = state
-    return rng
 
 
 def _images_shape(parts: Sequence[Part], rows: int) -> tuple[int, ...]:
@@ -342,7 +300,7 @@ def _draws(part: Part, number: int, seed: int) -> grain.MapDataset:
         _shuffled(len(part.source), part.shuffle_block, seed)
         .repeat()
         # Before any slice: the generator of an example follows from its index.
-        .map_with_index(_Draw(number, seed))
+        .map_with_index(Draw(number, seed))
     )
 
 

@@ -162,17 +162,13 @@ class Preprocess:
         """
         if self.frames == 1:
             return self._open_view(image, rng, conversions)
-        video, state = image if isinstance(image, list) else [image], rng.bit_generator.state
+        state = rng.bit_generator.state
 
         def view(frame: Image) -> np.ndarray:
             rng.bit_generator.state = state
             return self._open_view(frame, rng, conversions)()
 
-        def views() -> np.ndarray:
-            seen = list(map(view, video))
-            return np.stack([seen[n] for n in images.frame_numbers(len(seen), self.frames)])
-
-        return views
+        return lambda: images.of_frames(view, image, self.frames)
 
     def _open_view(
         self, image: Image, rng: np.random.Generator, conversions: Counter

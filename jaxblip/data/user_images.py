@@ -45,11 +45,6 @@ def read_image(image: ImageLike, max_pixels: int) -> UInt8[np.ndarray, "height w
         raise UserError(f"{name} cannot be used: {bad.reason}{detail}; give another one.") from bad
 
 
-def is_video(image: ImageLike | Sequence[ImageLike]) -> bool:
-    """Whether it is a list of frames."""
-    return isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
-
-
 def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
     channels = array.shape[2] if array.ndim == 3 else 1
     is_image = array.ndim in (2, 3) and channels in (1, 3, 4) and array.size

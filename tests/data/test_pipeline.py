@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxblip.data.pipeline import Part, TrainBatches, _draws, _generator
+from jaxblip.data.draws import generator
+from jaxblip.data.pipeline import Part, TrainBatches, _draws
 from jaxblip.data.preprocess import Preprocess
 from jaxblip.data.samples import BadSample
 from jaxblip.data.shapes import ShapesSource
@@ -58,7 +59,7 @@ def test_draws_are_those_of_the_random_map_of_grain(preprocess, seed, block):
     draws = _draws(Part(SOURCE, preprocess, shuffle_block=block), 3, seed)
     for place in (0, 1, 19, 20, 12345, 2**40):
         number, index, state = draws[place]
-        rng = _generator(state)
+        rng = generator(state)
         assert (number, (index, rng.random(), int(rng.integers(99)))) == (3, grains[place])
 
 
